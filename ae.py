@@ -1,0 +1,558 @@
+"""Stage 1: the SVG autoencoder.  Pictures to latents and back, with no variational anything.
+
+A frozen DINOv3 gives every patch a token that knows *what* is there but has dropped colour and
+fine detail.  A small residual ViT adds a few channels that carry the rest; their scale is matched
+to DINO's so that they do not drown the semantic ones or be drowned; a convolutional decoder turns
+the concatenation back into pixels (SVG, arXiv 2510.15301, section 3.2 and Figure 5).
+
+    python ae.py                          # shapes, 32 px
+    python ae.py --latent vae --out out/vae   # the baseline: a KL-VAE of the same networks
+    python ae.py --data ~/pictures --size 64  # a folder with one sub-folder a class
+
+Writes out/<preset>/ae.pt (self-describing), latents.npy (every training picture's latent, plain
+and flipped), labels.npy, and reconstructions.png (each picture beside its reconstruction).
+"""
+import copy, json, time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import config as plumbing
+from config import Stop, UserError, check_shared, field, require
+from data import load_images, to_float
+from dino import DINOv3, ViTConfig, load_dino
+from metrics import psnr, ssim
+
+# Letters: B batch, S picture side, h w the latent grid, N = h w tokens,
+#          D channels of DINO, R of the residual, C of the latent (D + R).
+
+# ---------------------------------------------------------------- config and presets
+
+
+@dataclass
+class Config:
+    """Stage 1."""
+    preset: str = field("shapes", "a named set of the options below")
+    out: str = field("", "folder for everything that is written; out/<preset> if empty")
+    data: str = field("shapes", "shapes, or a folder with one sub-folder of pictures a class")
+    size: int = field(32, "side of a picture in pixels; a multiple of the encoder's patch")
+    encoder: str = field("tiny", "tiny (embedded), a DINOv3 name such as vits16plus, or a file")
+    # ---- EDIT HERE for ablations: what the latent is made of ----
+    latent: str = field("svg", "svg; dino: no residual; unaligned: residual not matched; vae: a "
+                        "KL-VAE of the same networks", ("svg", "dino", "unaligned", "vae"))
+    residual_dim: int = field(16, "channels of the residual (paper: 8)")
+    mask_prob: float = field(0.1, "share of samples whose residual is masked in training (code: .1)")
+    # --------------------------------------------------------------
+    enc_dim: int = field(96, "width of the residual ViT (paper: 384)")
+    enc_depth: int = field(4, "depth of the residual ViT (paper: 6)")
+    enc_stem: int = field(32, "width of its convolutional stem, 0: a linear patch map (paper: 0)")
+    ch: int = field(32, "decoder width at full resolution (paper: 128)")
+    mult: str = field("1,2,4,4", "decoder width multipliers, full resolution first (1,1,2,2,4)")
+    res_blocks: int = field(1, "residual blocks a level, and one more (paper: 2)")
+    vae_dim: int = field(16, "channels of the VAE's latent (--latent vae only)")
+    kl: float = field(1e-4, "weight of the mean KL divergence a latent value (--latent vae only)")
+    perceptual: float = field(0.5, "weight of the perceptual loss, in the encoder's own features")
+    gan: float = field(0.0, "weight of the PatchGAN loss (paper: 0.5)")
+    gan_start: int = field(2500, "batches before the discriminator joins (paper: 2,501)")
+    steps: int = field(2400, "optimiser steps")
+    batch: int = field(64, "pictures a step, over all ranks together (paper: 512)")
+    lr: float = field(1.5e-3, "learning rate (paper: 1e-4)")
+    warmup: int = field(100, "steps of linear warm-up (paper: 0)")
+    decay: bool = field(True, "cosine decay of the learning rate to zero (paper: no)")
+    beta1: float = field(0.9, "Adam's beta 1 (paper: 0.5)")
+    beta2: float = field(0.99, "Adam's beta 2 (paper: 0.9)")
+    seed: int = field(0, "all randomness is a function of (seed, step)")
+    device: str = field("auto", "cuda, cpu, ...; auto takes a GPU when there is one")
+    save_every: int = field(300, "steps between checkpoints")
+    overwrite: bool = field(False, "start afresh over what is in --out")
+
+    def check(self):
+        """Impossible combinations end here, before anything is read or written."""
+        check_shared(self)
+        require(self.size >= 8, "--size must be at least 8")
+        require(self.residual_dim >= 1, "--residual_dim must be at least 1; for none: --latent dino")
+        require(self.vae_dim >= 1, "--vae_dim must be at least 1")
+        require(0 <= self.mask_prob < 1, "--mask_prob must be in [0, 1)")
+        require(self.ch % 8 == 0 and self.ch > 0, "--ch must be a positive multiple of 8")
+        require(all(m.strip().isdigit() and int(m) > 0 for m in self.mult.split(",")),
+                "--mult must be whole numbers with commas between, such as 1,2,4,4")
+        require(self.enc_dim % 32 == 0 and self.enc_dim > 0, "--enc_dim must be a multiple of 32")
+        for name in ("perceptual", "gan", "kl"):
+            require(getattr(self, name) >= 0, f"--{name} must not be negative")
+
+
+PRESETS = {
+    "shapes": dict(),
+    "debug": dict(steps=20, batch=16, ch=16, enc_dim=32, enc_depth=1, enc_stem=8, warmup=5,
+                  save_every=10),
+}
+
+# ---------------------------------------------------------------- the residual and its matching
+
+
+class ResidualEncoder(nn.Module):
+    """A small ViT and a two-layer head: pictures -> `out` channels a token (paper: 11.2 M).
+
+    The same blocks as the frozen encoder, so it takes any resolution; nothing of it is frozen.
+    """
+
+    def __init__(self, c, patch, out):
+        super().__init__()
+        self.vit = DINOv3(ViTConfig(dim=c.enc_dim, depth=c.enc_depth, heads=c.enc_dim // 32,
+                                    hidden=4 * c.enc_dim, patch=patch, stem=c.enc_stem,
+                                    registers=1))
+        self.head = nn.Sequential(nn.Linear(c.enc_dim, c.enc_dim), nn.GELU(),
+                                  nn.Linear(c.enc_dim, out))
+
+    def forward(self, images):
+        """[-1, 1] (B, 3, H, W) -> (B, N, out)"""
+        return self.head(self.vit(self.vit.normalize(images))[0])
+
+
+class DistributionMatching(nn.Module):
+    """r' = (r - mu_r) / sigma_r * sigma_h + mu_h: the residual's scale becomes DINO's.
+
+    Four scalars: per channel over batch and tokens, then averaged over the channels, as the
+    authors' code does (the paper leaves the axes open).  They carry no gradient.  Training takes
+    them from the batch, over all ranks; evaluation from running averages, so that a latent does
+    not depend on what else is in its batch (the authors' does).
+    """
+
+    def __init__(self, momentum=0.02):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("running", torch.tensor([0.0, 1.0, 0.0, 1.0]))
+        self.register_buffer("seen", torch.tensor(0))
+
+    @torch.no_grad()
+    def measure(self, r, h):
+        """-> mu_r, sigma_r, mu_h, sigma_h of this batch, a tensor (4,)"""
+        moments = []
+        for x in (r.float(), h.float()):
+            first, second = x.mean((0, 1)), x.square().mean((0, 1))
+            plumbing.average([first, second])
+            moments += [first.mean(), (second - first.square()).clamp(min=0).sqrt().mean()]
+        return torch.stack(moments)
+
+    def forward(self, r, h):
+        """residual (B, N, R) and DINO (B, N, D) -> matched residual (B, N, R); DINO is untouched"""
+        if self.training:
+            now = self.measure(r, h)
+            # an ordinary mean at first, an exponential one later
+            self.seen += 1
+            self.running.lerp_(now, max(self.momentum, 1 / self.seen.item()))
+        else:
+            now = self.running
+        mu_r, sigma_r, mu_h, sigma_h = now
+        return (r - mu_r) / (sigma_r + 1e-6) * sigma_h + mu_h
+
+# ---------------------------------------------------------------- the decoder
+
+
+def norm(width):
+    """Group normalisation in groups of at least four channels, at most 32 groups as in LDM."""
+    return nn.GroupNorm(min(32, width // 4), width, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x))))))"""
+
+    def __init__(self, width, out):
+        super().__init__()
+        self.norm1, self.conv1 = norm(width), nn.Conv2d(width, out, 3, padding=1)
+        self.norm2, self.conv2 = norm(out), nn.Conv2d(out, out, 3, padding=1)
+        self.skip = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
+
+    def forward(self, x):
+        y = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(y)))
+
+
+class SelfAttention(nn.Module):
+    """One head over all places of the map."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.qkv = norm(width), nn.Conv2d(width, 3 * width, 1)
+        self.out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)   # (B, N, width)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).reshape(x.shape))
+
+
+class Decoder(nn.Module):
+    """The convolutional decoder of latent diffusion (LDM, arXiv 2112.10752); paper: 43.1 M.
+
+    A middle of ResBlock, attention, ResBlock at the latent's resolution, then levels of ResBlocks,
+    each but the last followed by nearest-neighbour doubling and a convolution.
+    """
+
+    def __init__(self, channels, ch, mult, res_blocks):
+        super().__init__()
+        width = ch * mult[-1]
+        layers = [nn.Conv2d(channels, width, 3, padding=1),
+                  ResBlock(width, width), SelfAttention(width), ResBlock(width, width)]
+        for level in reversed(range(len(mult))):
+            for _ in range(res_blocks + 1):
+                layers.append(ResBlock(width, ch * mult[level]))
+                width = ch * mult[level]
+                if level == len(mult) - 1:
+                    layers.append(SelfAttention(width))
+            if level:
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)]
+        self.layers = nn.Sequential(*layers, norm(width), nn.SiLU())
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, z):
+        """(B, C, h, w) -> (B, 3, S, S), unbounded"""
+        return self.conv_out(self.layers(z.contiguous()))
+
+# ---------------------------------------------------------------- the autoencoder
+
+
+class AutoEncoder(nn.Module):
+    """Pictures <-> latents.  `encode` and `decode` are the two conventions of the README; the
+    normalisation per channel is inside them, so that nobody can forget it on one side."""
+
+    def __init__(self, c, encoder):
+        """c: a Config; encoder: the frozen DINOv3."""
+        super().__init__()
+        mult = [int(m) for m in c.mult.split(",")]
+        if encoder.patch != 2 ** (len(mult) - 1):
+            raise UserError(f"--mult {c.mult}: a patch of {encoder.patch} pixels needs a decoder of "
+                            f"{encoder.patch.bit_length()} levels, this has {len(mult)}")
+        if c.size % encoder.patch:
+            raise UserError(f"--size {c.size} is no multiple of the patch, {encoder.patch}")
+        self.latent, self.patch, self.image_size = c.latent, encoder.patch, c.size
+        self.mask_prob = c.mask_prob
+        self.dino = encoder.freeze()
+        if c.latent == "vae":
+            self.latent_dim = c.vae_dim
+            self.residual = ResidualEncoder(c, self.patch, 2 * c.vae_dim)      # mean, log variance
+        elif c.latent == "dino":
+            self.latent_dim = encoder.dim
+        else:
+            self.latent_dim = encoder.dim + c.residual_dim
+            self.residual = ResidualEncoder(c, self.patch, c.residual_dim)
+            self.match = DistributionMatching()
+            self.mask_token = nn.Parameter(0.02 * torch.randn(c.residual_dim))
+        self.decoder = Decoder(self.latent_dim, c.ch, mult, c.res_blocks)
+        self.register_buffer("mean", torch.zeros(self.latent_dim, 1, 1))
+        self.register_buffer("std", torch.ones(self.latent_dim, 1, 1))
+
+    def tokens(self, images, generator=None):
+        """[-1, 1] (B, 3, H, W) -> latent tokens (B, N, C) before normalisation, and for the VAE its
+        KL divergence (a scalar, 0 otherwise).  In training masks and noise come from generator."""
+        kl = images.new_zeros(())
+        if self.latent == "vae":
+            mean, logvar = self.residual(images).float().chunk(2, -1)          # (B, N, C) each
+            logvar = logvar.clamp(-30, 20)
+            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            if self.training:
+                noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+                mean = mean + (0.5 * logvar).exp() * noise
+            return mean, kl
+        with torch.no_grad():
+            h = self.dino(self.dino.normalize(images))[0].float()              # (B, N, D)
+        if self.latent == "dino":
+            return h, kl
+        r = self.residual(images).float()                                      # (B, N, R)
+        if self.training:
+            # some samples lose their whole residual, before the matching: the decoder must get
+            # what it can out of DINO
+            masked = torch.rand(len(r), generator=generator).to(r.device) < self.mask_prob
+            r = torch.where(masked[:, None, None], self.mask_token, r)
+        if self.latent == "svg":
+            r = self.match(r, h)
+        return torch.cat([h, r], -1), kl                                       # (B, N, D + R)
+
+    def grid(self, tokens, images):
+        """Tokens (B, N, C) -> map (B, C, h, w)"""
+        h, w = images.shape[-2] // self.patch, images.shape[-1] // self.patch
+        return tokens.transpose(1, 2).reshape(len(tokens), -1, h, w)
+
+    def forward(self, images, generator=None):
+        """The training pass: pictures -> reconstruction (unbounded), KL."""
+        tokens, kl = self.tokens(images, generator)
+        return self.decoder(self.grid(tokens, images)).float(), kl
+
+    @torch.no_grad()
+    def encode(self, images):
+        """[-1, 1] (B, 3, H, W) -> latents (B, C, h, w), about zero mean and unit variance a channel"""
+        return (self.grid(self.tokens(images)[0].float(), images) - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """latents (B, C, h, w) -> pictures (B, 3, H, W), clamped to [-1, 1]"""
+        return self.decoder(latents.float() * self.std + self.mean).float().clamp(-1, 1)
+
+# ---------------------------------------------------------------- losses
+
+
+def perceptual_loss(dino, x, y):
+    """Mean squared distance of x and y (B, 3, S, S) in the frozen encoder's tokens after every
+    block, each token normalised: what LPIPS does with a VGG (arXiv 1801.03924), in features that
+    are at hand.  The gradient goes through the frozen network to x."""
+    loss = 0.0
+    with torch.no_grad():
+        wanted = dino.features(dino.normalize(y))
+    for a, b in zip(dino.features(dino.normalize(x)), wanted):
+        loss = loss + (F.layer_norm(a.float(), a.shape[-1:])
+                       - F.layer_norm(b.float(), b.shape[-1:])).square().mean()
+    return loss / len(wanted)
+
+
+class PatchGAN(nn.Sequential):
+    """Discriminator of overlapping patches (pix2pix): (B, 3, S, S) -> logits (B, 1, s, s)."""
+
+    def __init__(self, width=64, layers=3, size=256):
+        layers = max(1, min(layers, size.bit_length() - 4))      # 32 px: two halvings
+        parts = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for i in range(layers):
+            a, b = width * min(2 ** i, 8), width * min(2 ** (i + 1), 8)
+            parts += [nn.Conv2d(a, b, 4, 2 if i < layers - 1 else 1, 1, bias=False),
+                      nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
+        super().__init__(*parts, nn.Conv2d(b, 1, 4, 1, 1))
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, 0, 0.02)
+
+
+def adaptive_weight(nll, g, last_layer, bound):
+    """|d nll / dW| / |d g / dW| at the decoder's last layer, at most `bound` (VQGAN, eq. 7).
+
+    The authors sum the reconstruction loss over 3 * S * S values and bound the ratio at 1e4; with
+    mean-reduced losses the same thing has the bound 1e4 / (3 S S): 0.051 at 256 px.
+    """
+    a = torch.autograd.grad(nll, last_layer, retain_graph=True)[0].norm()
+    b = torch.autograd.grad(g, last_layer, retain_graph=True)[0].norm()
+    return (a / (b + 1e-4)).clamp(0, bound).detach()
+
+# ---------------------------------------------------------------- load
+
+
+def build(config, vit):
+    """A fresh AutoEncoder from a checkpoint's `config` and `vit` dicts."""
+    return AutoEncoder(Config(**config), DINOv3(ViTConfig(**vit)))
+
+
+def load_ae(path, device="cpu", unfinished=False):
+    """ae.pt -> AutoEncoder in eval mode, with `classes`, `fingerprint` and `dataset` as attributes.
+
+    Raises UserError when the file is missing, corrupt, of another kind or version, or unfinished.
+    """
+    checkpoint = plumbing.load_kind(path, "ae", "python ae.py")
+    if checkpoint["fingerprint"] is None and not unfinished:
+        raise UserError(f"{path}: stage 1 is unfinished (step {checkpoint['step']} of "
+                        f"{checkpoint['config']['steps']}); run its `python ae.py` command again")
+    model = build(checkpoint["config"], checkpoint["vit"])
+    model.load_state_dict(checkpoint["model"])                     # strict
+    model.classes = checkpoint["classes"]
+    model.fingerprint = checkpoint["fingerprint"]
+    model.dataset = checkpoint["config"]["data"]
+    return model.to(device).eval().requires_grad_(False)
+
+# ---------------------------------------------------------------- train
+
+
+def train(c):
+    """Run or continue stage 1 as its Config says; -> the trained AutoEncoder."""
+    device, autocast = plumbing.setup(c.device)
+    path = Path(c.out) / "ae.pt"
+    checkpoint = plumbing.resume(path, "ae", c, "python ae.py")
+    done = checkpoint is not None and checkpoint["step"] >= c.steps
+    images, labels, classes = load_images(c.data, c.size, "train")
+    torch.manual_seed(c.seed)
+    if checkpoint:
+        model = build(checkpoint["config"], checkpoint["vit"])
+    else:
+        model = AutoEncoder(c, load_dino(c.encoder))
+    model.to(device).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, c.lr, (c.beta1, c.beta2), weight_decay=0.0, fused=True)
+    critic = critic_optimizer = None
+    if c.gan:
+        critic = PatchGAN(size=c.size).to(device).train()
+        critic_optimizer = torch.optim.Adam(critic.parameters(), c.lr, (0.5, 0.9))
+    start = 0
+    if checkpoint:
+        start = checkpoint["step"]
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if c.gan:
+            critic.load_state_dict(checkpoint["critic"])
+            critic_optimizer.load_state_dict(checkpoint["critic_optimizer"])
+    if done and checkpoint["fingerprint"]:
+        model.fingerprint = checkpoint["fingerprint"]
+        return finish(c, model, images, labels, autocast, device)
+
+    def save(step, fingerprint=None):
+        if plumbing.rank() == 0:
+            plumbing.save(path, dict(
+                kind="ae", version=plumbing.VERSION, config=plumbing.plain(c), vit=vars(model.dino.config),
+                classes=list(classes), step=step, fingerprint=fingerprint, ema=None,
+                model=model.state_dict(), optimizer=optimizer.state_dict(),
+                critic=critic.state_dict() if c.gan else None,
+                critic_optimizer=critic_optimizer.state_dict() if c.gan else None))
+
+    announce(c, device, model, len(images), classes)
+    began, total = time.time(), dict(l1=0.0, perceptual=0.0)
+    with Stop() as stop:
+        bar = plumbing.progress(start, c.steps, "ae")
+        for step in bar:
+            g = plumbing.generator(c.seed, step)                   # this step's whole randomness
+            index = torch.randint(len(images), (c.batch,), generator=g)
+            flip = torch.rand(c.batch, generator=g) < 0.5
+            mine = slice(plumbing.rank(), None, plumbing.world())
+            x = to_float(images, index[mine], flip[mine], device)              # (B, 3, S, S)
+            for group in optimizer.param_groups:
+                group["lr"] = plumbing.rate(c, step)
+
+            with autocast():
+                y, kl = model(x, g)
+                perceptual = perceptual_loss(model.dino, y, x) if c.perceptual else y.new_zeros(())
+            # ---- EDIT HERE for ablations: the loss ----
+            l1 = (y - x).abs().mean()
+            nll = l1 + c.perceptual * perceptual
+            loss = nll + c.kl * kl
+            fool = c.gan > 0 and step >= c.gan_start
+            if fool:
+                with autocast():
+                    generated = -critic(y).float().mean()
+                bound = 1e4 / (3 * c.size ** 2)
+                loss = loss + generated * c.gan * adaptive_weight(
+                    nll, generated, model.decoder.conv_out.weight, bound)
+            # -------------------------------------------
+            if not torch.isfinite(loss):
+                raise UserError(f"the loss is {loss.item()} at step {step}; {path} holds the last "
+                                "good state; try a smaller --lr")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            plumbing.average([p.grad for p in trained if p.grad is not None])
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            if fool:
+                with autocast():
+                    real, fake = critic(x).float(), critic(y.detach()).float()
+                hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+                critic_optimizer.zero_grad(set_to_none=True)
+                hinge.backward()
+                plumbing.average([p.grad for p in critic.parameters()])
+                critic_optimizer.step()
+
+            if step % 50 == 0:
+                bar.set_postfix(l1=f"{l1.item():.4f}", perceptual=f"{perceptual.item():.4f}")
+            if stop.asked or (step + 1) % c.save_every == 0 and step + 1 < c.steps:
+                save(step + 1)
+                if stop.asked:
+                    plumbing.stopped(path, step + 1)
+    measure_statistics(model.eval(), images, autocast, device)
+    model.fingerprint = plumbing.fingerprint(model.state_dict())
+    save(c.steps, model.fingerprint)
+    print(f"seconds: {time.time() - began:.0f}")
+    return finish(c, model, images, labels, autocast, device)
+
+
+def announce(c, device, model, pictures, classes):
+    """Five lines on what is about to run."""
+    count = lambda m: sum(p.numel() for p in m.parameters()) / 1e6
+    print(f"stage 1 ({c.latent}) on {plumbing.describe(device)}; {pictures:,} pictures of "
+          f"{len(classes)} classes, {c.size} px")
+    residual = "none" if c.latent == "dino" else f"{count(model.residual):.2f} M"
+    print(f"encoder {c.encoder} {count(model.dino):.2f} M frozen, residual {residual}, "
+          f"decoder {count(model.decoder):.2f} M; latent of {model.latent_dim} channels")
+    print(f"{c.steps} steps of {c.batch}; flags: "
+          + (" ".join(f"--{k} {getattr(c, k)}" for k in c.said) or "the preset's"))
+
+
+@torch.no_grad()
+def measure_statistics(model, images, autocast, device, most=20000):
+    """Fill `mean` and `std`, per channel over the training pictures, as evaluation will see them."""
+    first = second = 0.0
+    count = 0
+    for start in range(0, min(most, len(images)), 500):
+        x = to_float(images, slice(start, start + 500), None, device)
+        with autocast():
+            z = model.tokens(x)[0].double().flatten(0, 1)                      # (B N, C)
+        first, second, count = first + z.sum(0), second + z.square().sum(0), count + len(z)
+    mean = first / count
+    model.mean.copy_(mean.view(-1, 1, 1))
+    model.std.copy_((second / count - mean.square()).clamp(min=1e-8).sqrt().view(-1, 1, 1))
+
+
+@torch.no_grad()
+def finish(c, model, images, labels, autocast, device):
+    """After training: the latent cache, the picture of pairs, the figures on held-out pictures."""
+    model.eval()
+    out = Path(c.out)
+    note = out / "latents.json"
+    if not (note.is_file() and json.loads(note.read_text())["ae"] == model.fingerprint):
+        note.unlink(missing_ok=True)                     # from here on the cache counts as absent
+        write_latents(model, images, labels, autocast, device, out)
+        plumbing.atomic(note, lambda t: Path(t).write_text(json.dumps(dict(ae=model.fingerprint))))
+    held, _, _ = load_images(c.data, c.size, "test")
+    x = to_float(held, slice(0, 2000), None, device)
+    with autocast():
+        y = torch.cat([model.decode(model.encode(part)) for part in x.split(250)])
+    pairs = torch.stack([x[:64], y[:64]], 1).flatten(0, 1)                     # original, its copy
+    save_grid(out / "reconstructions.png", to_uint8(pairs), 16)
+    print(f"reconstruction of {len(x)} held-out pictures, seed {c.seed}:")
+    print(f"psnr_db: {psnr(x, y).mean():.2f}")
+    print(f"ssim: {ssim(x, y).mean():.3f}")
+    return model
+
+
+@torch.no_grad()
+def write_latents(model, images, labels, autocast, device, out):
+    """latents.npy float16 (2, M, C, h, w): every picture as it is, and flipped."""
+    side = model.image_size // model.patch
+    shape = (2, len(images), model.latent_dim, side, side)
+    bytes_ = 2 * np.prod(shape, dtype=np.int64)
+    print(f"writing {out / 'latents.npy'}: {bytes_ / 1e9:.2f} GB")
+
+    def write(path):
+        cache = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+        for flipped in (0, 1):
+            for start in range(0, len(images), 500):
+                part = slice(start, start + 500)
+                x = to_float(images, part, torch.tensor(bool(flipped)), device)
+                with autocast():
+                    cache[flipped, part] = model.encode(x).cpu().numpy().astype(np.float16)
+        cache.flush()
+    plumbing.atomic(out / "latents.npy", write)
+    plumbing.atomic(out / "labels.npy", lambda t: np.save(t, np.asarray(labels)))
+
+
+def to_uint8(images):
+    """[-1, 1] float -> uint8, rounded."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def save_grid(path, images, columns, zoom=None):
+    """uint8 (B, 3, S, S) -> a PNG with `columns` pictures a row; small ones are enlarged."""
+    B, _, S, _ = images.shape
+    rows = -(-B // columns)
+    sheet = torch.full((rows * columns, 3, S, S), 255, dtype=torch.uint8)
+    sheet[:B] = images
+    sheet = sheet.view(rows, columns, 3, S, S).permute(0, 3, 1, 4, 2).reshape(rows * S, -1, 3)
+    zoom = zoom or max(1, 64 // S)
+    picture = Image.fromarray(sheet.numpy())
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST)
+    plumbing.atomic(path, lambda t: picture.save(t, "PNG"))
+
+
+def main(argv=None):
+    """The command line."""
+    train(plumbing.parse(Config, PRESETS, argv))
+
+
+if __name__ == "__main__":
+    with plumbing.one_line_errors():
+        main()

@@ -1,0 +1,339 @@
+"""Images in: the procedural `shapes` set, or any folder of pictures, as uint8 arrays.
+
+`shapes` is ten classes of small pictures drawn from signed distance functions. The class is the
+shape; colours, gradients, textures, place, size, rotation, stray lines and noise are nuisances, and
+they dominate the pixels: a nearest neighbour on raw pixels is right about one time in four.
+It needs no download, is a function of its seed, and renders at any size.
+
+    python data.py                        # draws a page of examples to out/shapes/data.png
+    python data.py --data ~/pictures      # the same for a folder with one sub-folder a class
+
+Public: `shapes(n, size, seed)` and `load_images(name, size, split)`, both returning
+(images uint8 (M, 3, S, S), labels int64 (M,), class names).
+"""
+import hashlib, math, os, warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+import config as plumbing
+from config import UserError
+
+# ---------------------------------------------------------------- shapes: geometry
+#
+# A signed distance function (SDF) says how far a point is from the shape's edge, negative inside.
+# All are in the shape's own coordinates, where it fills about [-1, 1] x [-1, 1].  p is (B, P, 2).
+
+
+def _circle(p, r, cx=0.0, cy=0.0):
+    return torch.hypot(p[..., 0] - cx, p[..., 1] - cy) - r
+
+
+def _box(p, w, h, cx=0.0, cy=0.0):
+    x, y = (p[..., 0] - cx).abs() - w, (p[..., 1] - cy).abs() - h
+    return torch.hypot(x.clamp(min=0), y.clamp(min=0)) + torch.maximum(x, y).clamp(max=0)
+
+
+def _polygon(p, corners):
+    """Convex polygon, corners counter-clockwise on paper: the farthest of its edges' half-planes."""
+    edges = []
+    for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
+        length = math.hypot(bx - ax, by - ay)
+        edges.append(((p[..., 1] - ay) * (bx - ax) - (p[..., 0] - ax) * (by - ay)) / length)
+    return torch.stack(edges).amax(0)
+
+
+def _star(p):
+    """Four points, drawn in one eighth of the plane and mirrored into the others."""
+    q = p.abs()
+    big, small = q.amax(-1), q.amin(-1)
+    ax, bx = 1.08, 0.27                                   # tip (ax, 0), notch (bx, bx)
+    return ((big - ax) * bx + small * (ax - bx)) / math.hypot(bx, ax - bx)
+
+
+def _union(*parts):
+    return torch.stack(parts).amin(0)
+
+
+SHAPES = {
+    "disc": lambda p: _circle(p, 0.86),
+    "frame": lambda p: _box(p, 0.62, 0.62).abs() - 0.17,
+    "triangle": lambda p: _polygon(p, [(0.0, -1.0), (-0.98, 0.72), (0.98, 0.72)]),
+    "star": _star,
+    "cross": lambda p: _union(_box(p, 0.92, 0.27), _box(p, 0.27, 0.92)),
+    "ring": lambda p: _circle(p, 0.72).abs() - 0.18,
+    "dots": lambda p: _union(*(_circle(p, 0.37, 0.6 * math.sin(a), -0.6 * math.cos(a))
+                               for a in (0.0, 2.0944, 4.1888))),
+    "crescent": lambda p: torch.maximum(_circle(p, 0.9), -_circle(p, 0.72, 0.42)),
+    "arrow": lambda p: _union(_box(p, 0.5, 0.22, -0.42, 0.0),
+                              _polygon(p, [(0.98, 0.0), (-0.02, -0.76), (-0.02, 0.76)])),
+    "bars": lambda p: _union(*(_box(p, 0.85, 0.18, 0.0, c) for c in (-0.64, 0.0, 0.64))),
+}
+SHAPE_NAMES = tuple(SHAPES)
+
+# ---------------------------------------------------------------- shapes: rendering
+# ---- EDIT HERE for ablations: harder or easier nuisances ----
+SCALE = (0.52, 0.77)           # the shape's half-width, the picture's being 1
+TURN = 0.5                     # rotation, at most, either way, in radians
+CONTRAST = 0.42                # least RGB distance of object and background colours
+TEXTURE = 0.07                 # greatest amplitude of stripes and checks
+LINES = 2                      # most stray lines behind the object
+NOISE = 0.02                   # greatest standard deviation of pixel noise
+# -------------------------------------------------------------
+CHUNK = 1000                   # pictures drawn from one random stream; the unit of reproducibility
+
+
+def shapes(n, size=32, seed=0, masks=False):
+    """The first `n` pictures of the stream that `seed` names: a longer set begins with a shorter one.
+
+    n: how many; size: side in pixels; the same seed is the same pictures at every size (up to the
+    pixel noise). -> images uint8 (n, 3, size, size) RGB, labels int64 (n,), class names; with
+    `masks`, also the object's coverage, uint8 (n, size, size), 255 inside.
+    """
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    labels = torch.empty(n, dtype=torch.int64)
+    cover = torch.empty(n, size, size, dtype=torch.uint8)
+    for start in range(0, n, CHUNK):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + start // CHUNK)
+        part = slice(start, min(n, start + CHUNK))
+        count = part.stop - part.start
+        image, label, mask = _render_chunk(size, generator, count)
+        images[part], labels[part], cover[part] = image, label, mask
+    result = images, labels, SHAPE_NAMES
+    return (*result, cover) if masks else result
+
+
+def _render_chunk(size, g, count):
+    """CHUNK draws from generator g, of which the first `count` are rendered."""
+    def uniform(*shape, low=0.0, high=1.0):
+        return (torch.rand(CHUNK, *shape, generator=g) * (high - low) + low)[:count]
+
+    labels = (torch.randperm(CHUNK, generator=g) % len(SHAPES))[:count]
+    step = 2 / size
+    axis = torch.arange(size) * step + step / 2 - 1
+    grid = torch.stack([axis.repeat(size), axis.repeat_interleave(size)], -1)   # (P, 2): x, y
+
+    # the object's place: picture -> shape coordinates
+    scale = uniform(low=SCALE[0], high=SCALE[1])
+    angle = uniform(low=-TURN, high=TURN)
+    centre = uniform(2, low=-1, high=1) * (1.02 - scale)[:, None]
+    p = (grid - centre[:, None]) / scale[:, None, None]                         # (B, P, 2)
+    c, s = angle.cos()[:, None], angle.sin()[:, None]
+    mirror = (uniform() < 0.5)[:, None] * 2 - 1          # arrows and moons look either way: flips stay
+    p = torch.stack([mirror * (c * p[..., 0] + s * p[..., 1]),          # within the set
+                     c * p[..., 1] - s * p[..., 0]], -1)
+    distance = torch.empty(count, size * size)
+    for k, name in enumerate(SHAPES):
+        mine = labels == k
+        distance[mine] = SHAPES[name](p[mine])
+    # a pixel's coverage falls from 1 to 0 over one pixel around the edge: anti-aliasing
+    mask = (0.5 - distance * scale[:, None] / step).clamp(0, 1)                 # (B, P)
+
+    back, front = _two_colours(uniform)
+    background = _surface(back, grid, uniform)                                  # (B, 3, P)
+    for _ in range(LINES):
+        shown = uniform() < 0.5
+        turn = uniform(high=math.pi)
+        normal = torch.stack([turn.cos(), turn.sin()], -1)
+        off = (normal @ grid.T - uniform(low=-0.9, high=0.9)[:, None]).abs()
+        width = uniform(low=0.6, high=1.4)[:, None] * 2 / 32                    # of a 32 px picture
+        line = ((width / 2 - off) / step + 0.5).clamp(0, 1) * (0.75 * shown)[:, None]
+        colour = (back + uniform(3, low=-0.4, high=0.4)).clamp(0, 1)
+        background = background.lerp(colour[:, :, None], line[:, None])
+    picture = background.lerp(_surface(front, grid, uniform), mask[:, None])
+    # noise comes last: it alone depends on the size
+    deviation = uniform(high=NOISE)[:, None, None]
+    picture = picture + deviation * torch.randn(count, 3, size * size, generator=g)
+    picture = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+    return (picture.view(count, 3, size, size), labels,
+            (mask * 255).round().to(torch.uint8).view(count, size, size))
+
+
+def _two_colours(uniform):
+    """Two RGB colours (B, 3) a picture, at least CONTRAST apart, the one not tied to the other."""
+    back = uniform(3, low=0.06, high=0.94)
+    front = uniform(3, low=0.06, high=0.94)
+    away = front - back
+    length = away.norm(dim=1, keepdim=True)
+    near = (length < CONTRAST).squeeze(1)
+    # too alike: flip the object's colour to the far side of the cube
+    opposite = torch.where(back > 0.5, back - 0.45, back + 0.45)
+    return back, torch.where(near[:, None], opposite, front)
+
+
+def _surface(colour, grid, uniform):
+    """A colour (B, 3) with a gradient and, for half of the pictures, faint stripes or checks."""
+    turn = uniform(high=2 * math.pi)
+    along = torch.stack([turn.cos(), turn.sin()], -1) @ grid.T                  # (B, P) in about +-1
+    shift = uniform(3, low=-0.22, high=0.22)
+    surface = colour[:, :, None] + shift[:, :, None] * along[:, None]
+    turn, phase = uniform(high=math.pi), uniform(2, high=2 * math.pi)
+    pitch = uniform(low=5.0, high=11.0)[:, None]                                # radians a half-width
+    u = torch.stack([turn.cos(), turn.sin()], -1) @ grid.T * pitch + phase[:, :1]
+    v = torch.stack([-turn.sin(), turn.cos()], -1) @ grid.T * pitch + phase[:, 1:]
+    kind = uniform()[:, None]
+    wave = torch.where(kind < 0.25, u.sin(), u.sin() * v.sin()) * (kind < 0.5)
+    return surface + (uniform(high=TEXTURE)[:, None] * wave)[:, None]
+
+
+# ---------------------------------------------------------------- folders of pictures
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test")}
+HELD_OUT = 10                  # without a folder of its own, every tenth picture of a class is held out
+
+
+def list_folder(root, split):
+    """-> (paths, labels, class names) of one split of a folder, in an order that does not change.
+
+    root/train/CLASS/* with root/val/CLASS/* (or valid, validation, test), or root/CLASS/*.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--data {root}: no such folder (and not the name of a data set: shapes)")
+    own = {kind: next((root / n for n in names if (root / n).is_dir()), None)
+           for kind, names in SPLITS.items()}
+    top = own["train"] or root
+    folders = sorted(d for d in top.iterdir() if d.is_dir() and not d.name.startswith("."))
+    names = [d.name for d in folders]
+    if not names:
+        raise UserError(f"--data {root}: holds no sub-folders; one a class is wanted")
+    twins = {n for n in names if [m.casefold() for m in names].count(n.casefold()) > 1}
+    if twins:
+        raise UserError(f"--data {root}: classes differ only in case: {', '.join(sorted(twins))}")
+    separate = own["train"] is not None and own["test"] is not None
+    paths, labels = [], []
+    for label, name in enumerate(names):
+        folder = (own["test"] if separate and split == "test" else top) / name
+        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+        if not files:
+            raise UserError(f"{folder}: no pictures in this class ({', '.join(sorted(SUFFIXES))})")
+        if not separate:
+            if len(files) < 2:
+                raise UserError(f"{folder}: one picture is too few, the test needs one of its own")
+            held = files[HELD_OUT - 1::HELD_OUT] or files[-1:]
+            files = held if split == "test" else [f for f in files if f not in set(held)]
+        paths += files
+        labels += [label] * len(files)
+    return paths, labels, names
+
+
+def decode(path, size):
+    """A picture file -> uint8 (3, size, size) RGB; OSError or ValueError if it cannot be read.
+
+    ADM's centre crop: halved with a box filter while twice too large, then bicubic, then cropped.
+    Turned as its EXIF says; transparency over white; of an animation the first frame; 16-bit grey
+    is brought to 8 bits.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * size, 2 * size))         # a JPEG can decode straight to a part
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):                   # 16 bits and more
+                image = Image.fromarray((np.asarray(image, np.float32) / 257).astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((max(size, round(image.width * scale)),
+                          max(size, round(image.height * scale))), Image.BICUBIC)
+    x, y = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((x, y, x + size, y + size))).transpose(2, 0, 1)
+
+
+def _decode_folder(root, size, split, cache):
+    """Decode one split into cache/images.npy and labels.npy; unreadable files are named, skipped."""
+    paths, labels, names = list_folder(root, split)
+    bad = []
+
+    def write(temporary):
+        nonlocal labels
+        images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), 3, size, size))
+
+        def one(path):
+            try:
+                return decode(path, size)
+            except Exception as error:                      # Pillow raises many kinds
+                return f"{path}: {type(error).__name__}: {error}"
+        kept = []
+        with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+            jobs = tqdm(pool.map(one, paths), total=len(paths), desc=f"decoding {split}")
+            for i, result in enumerate(jobs):
+                if isinstance(result, str):
+                    bad.append(result)
+                    tqdm.write(f"skipped {result}")
+                else:
+                    images[len(kept)] = result
+                    kept.append(labels[i])
+        if len(bad) > 0.01 * len(paths):
+            raise UserError(f"--data {root}: {len(bad)} of {len(paths)} pictures cannot be read "
+                            f"(more than 1 %), the first: {bad[0]}")
+        images.flush()
+        if bad:                                             # close the gaps at the end
+            np.save(temporary + ".npy", images[:len(kept)])
+            os.replace(temporary + ".npy", temporary)
+            print(f"skipped {len(bad)} of {len(paths)} pictures that cannot be read")
+        labels = kept
+    plumbing.atomic(cache / "images.npy", write)
+    plumbing.atomic(cache / "labels.npy", lambda t: np.save(t, np.array(labels, np.int64)))
+
+
+# ---------------------------------------------------------------- the feed
+
+SHAPES_SPLITS = {"train": (20_000, 0), "test": (2_000, 1)}         # pictures, seed
+
+
+def load_images(name, size, split="train", cache="out/data"):
+    """The pictures of a data set -> images uint8 (M, 3, size, size) memory-mapped, labels int64
+    (M,), class names.
+
+    name: `shapes`, or a folder; size: side in pixels, pictures are centre-cropped to a square;
+    split: train or test.  Decoded once into `cache`; another size or a changed folder is decoded
+    anew, an interrupted decoding is never taken for whole.  Raises UserError.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is train or test, not {split!r}")
+    if name == "shapes":
+        names, identity = list(SHAPE_NAMES), f"shapes {SHAPES_SPLITS[split]}"
+        stem = "shapes"
+    else:
+        paths, _, names = list_folder(name, split)
+        stats = ((p, p.stat()) for p in paths)
+        identity = "\n".join(f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats)
+        stem = Path(name).expanduser().resolve().name
+    key = hashlib.sha256(f"{VERSION} {identity} {size}".encode()).hexdigest()[:10]
+    folder = Path(cache) / f"{stem}-{size}-{split}-{key}"
+    if not (folder / "labels.npy").is_file():               # written last: its presence means whole
+        if name == "shapes":
+            images, labels, _ = shapes(SHAPES_SPLITS[split][0], size, SHAPES_SPLITS[split][1])
+            plumbing.atomic(folder / "images.npy", lambda t: np.save(t, images.numpy()))
+            plumbing.atomic(folder / "labels.npy", lambda t: np.save(t, labels.numpy()))
+        else:
+            _decode_folder(name, size, split, folder)
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    labels = torch.from_numpy(np.load(folder / "labels.npy"))
+    return images, labels, names
+
+
+VERSION = 1                    # of the pictures: change it when `shapes` or the decoding changes
+
+
+def to_float(images, index, flip=None, device="cpu"):
+    """Rows `index` of uint8 images -> float32 [-1, 1] (B, 3, S, S) on the device.
+
+    flip: booleans (B,), or one for all, say which are mirrored left to right.
+    """
+    index = index.numpy() if isinstance(index, torch.Tensor) else index
+    x = torch.from_numpy(np.array(images[index])).to(device, non_blocking=True)
+    x = x.float() / 127.5 - 1
+    if flip is not None:
+        x = torch.where(flip.to(device).view(-1, 1, 1, 1), x.flip(-1), x)
+    return x

@@ -1,0 +1,96 @@
+"""Flow matching, the whole of it.  It knows no network and no picture.
+
+    t = 0 is noise, t = 1 is data             x_t = (1 - t) x0 + t x1,   x0 ~ N(0, I)
+    the velocity to learn is                  v = x1 - x0                (constant along a path)
+    the sampler starts at noise and adds      x <- x + (t' - t) v(x, t)
+    shift s > 1 spends more time near noise   t -> t / (t + s (1 - t))
+
+The paper writes time the other way round (its t = 0 is data); the authors' code runs as here.
+A `model` is any function (x (B, ...), t (B,), *cond) -> velocity (B, ...).
+"""
+import torch
+
+
+def shift_time(t, s):
+    """t / (t + s (1 - t)) on [0, 1]: the identity at s = 1, nearer to noise for s > 1.
+
+    The authors' 0.4 (training) and 0.15 (sampling) are s = 2.5 and 6.67; SD3 and RAE call our s
+    alpha and run time backwards.
+    """
+    return t / (t + s * (1 - t))
+
+
+def flow_loss(model, x1, *cond, shift=1.0, generator=None):
+    """The flow-matching loss of a batch of data x1 (B, ...) -> per-sample loss (B,), t (B,).
+
+    t ~ U(0, 1), then shifted.  The time comes back so that the loss can be shown by time: its
+    total has a floor well above zero and hardly moves.  generator: makes noise and time repeatable.
+    """
+    B = len(x1)
+    t = shift_time(torch.rand(B, generator=generator, device=x1.device), shift)
+    x0 = torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
+    at = t.view(B, *[1] * (x1.dim() - 1)).to(x1.dtype)
+    xt = (1 - at) * x0 + at * x1
+    v = model(xt, t, *cond)
+    return (v.float() - (x1 - x0).float()).square().flatten(1).mean(1), t
+
+
+def guided(model, y, null, scale, t_range=(0.0, 1.0)):
+    """Classifier-free guidance v = v_null + scale (v_y - v_null), on every channel -> velocity(x, t).
+
+    y (B,) classes; null: the index that means no class; t_range: outside of lo <= t < hi the plain
+    conditional model is used.  At scale 1, and outside the range, a step costs one evaluation;
+    elsewhere two, batched into one call of size 2B.
+    """
+    nothing = torch.full_like(y, null)
+
+    def velocity(x, t):
+        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+        if scale == 1 or not t_range[0] <= float(t[0]) < t_range[1]:
+            return model(x, t, y)
+        both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nothing]))
+        v_y, v_null = both.float().chunk(2)
+        return v_null + scale * (v_y - v_null)
+    return velocity
+
+
+def _times(steps, shift):
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    return shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
+
+
+def _state(x):
+    """The sampler's state is float32 or better: in bfloat16 small steps would vanish in rounding."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@torch.no_grad()
+def euler(velocity, x, steps, shift=1.0, callback=None):
+    """Integrate from noise x (B, ...) at t = 0 to data at t = 1: `steps` model calls on steps + 1
+    times.  callback(i, t, x), if any, sees every state, the first and the last included."""
+    x, times = _state(x), _times(steps, shift)
+    for i in range(steps):
+        if callback:
+            callback(i, times[i], x)
+        x = x + (times[i + 1] - times[i]) * velocity(x, times[i]).to(x.dtype)
+    if callback:
+        callback(steps, 1.0, x)
+    return x
+
+
+@torch.no_grad()
+def heun(velocity, x, steps, shift=1.0, callback=None):
+    """As `euler`, but each step averages the velocities at its two ends: second order, 2 * steps
+    model calls."""
+    x, times = _state(x), _times(steps, shift)
+    for i in range(steps):
+        if callback:
+            callback(i, times[i], x)
+        dt = times[i + 1] - times[i]
+        here = velocity(x, times[i]).to(x.dtype)
+        there = velocity(x + dt * here, times[i + 1]).to(x.dtype)
+        x = x + dt / 2 * (here + there)
+    if callback:
+        callback(steps, 1.0, x)
+    return x
