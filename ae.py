@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-import config as plumbing
+import config
 from config import Stop, UserError, check_shared, field, require
 from data import load_images, to_float
 from dino import DINOv3, ViTConfig, load_dino
@@ -40,13 +40,14 @@ class Config:
     preset: str = field("shapes", "a named set of the options below")
     out: str = field("", "folder for everything that is written; out/<preset> if empty")
     data: str = field("shapes", "shapes, or a folder with one sub-folder of pictures a class")
+    images: int = field(0, "learn from the first N pictures only; 0: all")
     size: int = field(32, "side of a picture in pixels; a multiple of the encoder's patch")
     encoder: str = field("tiny", "tiny (embedded), a DINOv3 name such as vits16plus, or a file")
     # ---- EDIT HERE for ablations: what the latent is made of ----
     latent: str = field("svg", "svg; dino: no residual; unaligned: residual not matched; vae: a "
                         "KL-VAE of the same networks", ("svg", "dino", "unaligned", "vae"))
     residual_dim: int = field(16, "channels of the residual (paper: 8)")
-    mask_prob: float = field(0.1, "share of samples whose residual is masked in training (code: .1)")
+    mask_prob: float = field(0.1, "share of samples that train without residual (code: .1)")
     # --------------------------------------------------------------
     enc_dim: int = field(96, "width of the residual ViT (paper: 384)")
     enc_depth: int = field(4, "depth of the residual ViT (paper: 6)")
@@ -75,7 +76,8 @@ class Config:
         """Impossible combinations end here, before anything is read or written."""
         check_shared(self)
         require(self.size >= 8, "--size must be at least 8")
-        require(self.residual_dim >= 1, "--residual_dim must be at least 1; for none: --latent dino")
+        require(self.images >= 0, "--images must not be negative")
+        require(self.residual_dim >= 1, "--residual_dim must be at least 1, or --latent dino")
         require(self.vae_dim >= 1, "--vae_dim must be at least 1")
         require(0 <= self.mask_prob < 1, "--mask_prob must be in [0, 1)")
         require(self.ch % 8 == 0 and self.ch > 0, "--ch must be a positive multiple of 8")
@@ -88,8 +90,8 @@ class Config:
 
 PRESETS = {
     "shapes": dict(),
-    "debug": dict(steps=20, batch=16, ch=16, enc_dim=32, enc_depth=1, enc_stem=8, warmup=5,
-                  save_every=10),
+    "debug": dict(images=1000, steps=20, batch=16, ch=16, enc_dim=32, enc_depth=1, enc_stem=8,
+                  warmup=5, save_every=10),
 }
 
 # ---------------------------------------------------------------- the residual and its matching
@@ -135,7 +137,7 @@ class DistributionMatching(nn.Module):
         moments = []
         for x in (r.float(), h.float()):
             first, second = x.mean((0, 1)), x.square().mean((0, 1))
-            plumbing.average([first, second])
+            config.average([first, second])
             moments += [first.mean(), (second - first.square()).clamp(min=0).sqrt().mean()]
         return torch.stack(moments)
 
@@ -226,7 +228,7 @@ class AutoEncoder(nn.Module):
         super().__init__()
         mult = [int(m) for m in c.mult.split(",")]
         if encoder.patch != 2 ** (len(mult) - 1):
-            raise UserError(f"--mult {c.mult}: a patch of {encoder.patch} pixels needs a decoder of "
+            raise UserError(f"--mult {c.mult}: a patch of {encoder.patch} pixels needs "
                             f"{encoder.patch.bit_length()} levels, this has {len(mult)}")
         if c.size % encoder.patch:
             raise UserError(f"--size {c.size} is no multiple of the patch, {encoder.patch}")
@@ -285,7 +287,7 @@ class AutoEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """[-1, 1] (B, 3, H, W) -> latents (B, C, h, w), about zero mean and unit variance a channel"""
+        """[-1, 1] (B, 3, H, W) -> latents (B, C, h, w), of zero mean and unit variance a channel"""
         return (self.grid(self.tokens(images)[0].float(), images) - self.mean) / self.std
 
     @torch.no_grad()
@@ -338,9 +340,9 @@ def adaptive_weight(nll, g, last_layer, bound):
 # ---------------------------------------------------------------- load
 
 
-def build(config, vit):
+def build(saved, vit):
     """A fresh AutoEncoder from a checkpoint's `config` and `vit` dicts."""
-    return AutoEncoder(Config(**config), DINOv3(ViTConfig(**vit)))
+    return AutoEncoder(Config(**saved), DINOv3(ViTConfig(**vit)))
 
 
 def load_ae(path, device="cpu", unfinished=False):
@@ -348,7 +350,7 @@ def load_ae(path, device="cpu", unfinished=False):
 
     Raises UserError when the file is missing, corrupt, of another kind or version, or unfinished.
     """
-    checkpoint = plumbing.load_kind(path, "ae", "python ae.py")
+    checkpoint = config.load_kind(path, "ae", "python ae.py")
     if checkpoint["fingerprint"] is None and not unfinished:
         raise UserError(f"{path}: stage 1 is unfinished (step {checkpoint['step']} of "
                         f"{checkpoint['config']['steps']}); run its `python ae.py` command again")
@@ -364,11 +366,13 @@ def load_ae(path, device="cpu", unfinished=False):
 
 def train(c):
     """Run or continue stage 1 as its Config says; -> the trained AutoEncoder."""
-    device, autocast = plumbing.setup(c.device)
+    device, autocast = config.setup(c.device)
     path = Path(c.out) / "ae.pt"
-    checkpoint = plumbing.resume(path, "ae", c, "python ae.py")
+    checkpoint = config.resume(path, "ae", c, "python ae.py")
     done = checkpoint is not None and checkpoint["step"] >= c.steps
     images, labels, classes = load_images(c.data, c.size, "train")
+    if c.images:
+        images, labels = images[:c.images], labels[:c.images]
     torch.manual_seed(c.seed)
     if checkpoint:
         model = build(checkpoint["config"], checkpoint["vit"])
@@ -394,10 +398,10 @@ def train(c):
         return finish(c, model, images, labels, autocast, device)
 
     def save(step, fingerprint=None):
-        if plumbing.rank() == 0:
-            plumbing.save(path, dict(
-                kind="ae", version=plumbing.VERSION, config=plumbing.plain(c), vit=vars(model.dino.config),
-                classes=list(classes), step=step, fingerprint=fingerprint, ema=None,
+        if config.rank() == 0:
+            config.save(path, dict(
+                kind="ae", version=config.VERSION, config=config.plain(c),
+                vit=vars(model.dino.config), classes=list(classes), step=step, fingerprint=fingerprint, ema=None,
                 model=model.state_dict(), optimizer=optimizer.state_dict(),
                 critic=critic.state_dict() if c.gan else None,
                 critic_optimizer=critic_optimizer.state_dict() if c.gan else None))
@@ -405,15 +409,15 @@ def train(c):
     announce(c, device, model, len(images), classes)
     began, total = time.time(), dict(l1=0.0, perceptual=0.0)
     with Stop() as stop:
-        bar = plumbing.progress(start, c.steps, "ae")
+        bar = config.progress(start, c.steps, "ae")
         for step in bar:
-            g = plumbing.generator(c.seed, step)                   # this step's whole randomness
+            g = config.generator(c.seed, step)                   # this step's whole randomness
             index = torch.randint(len(images), (c.batch,), generator=g)
             flip = torch.rand(c.batch, generator=g) < 0.5
-            mine = slice(plumbing.rank(), None, plumbing.world())
+            mine = slice(config.rank(), None, config.world())
             x = to_float(images, index[mine], flip[mine], device)              # (B, 3, S, S)
             for group in optimizer.param_groups:
-                group["lr"] = plumbing.rate(c, step)
+                group["lr"] = config.rate(c, step)
 
             with autocast():
                 y, kl = model(x, g)
@@ -435,7 +439,7 @@ def train(c):
                                 "good state; try a smaller --lr")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            plumbing.average([p.grad for p in trained if p.grad is not None])
+            config.average([p.grad for p in trained if p.grad is not None])
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             if fool:
@@ -444,7 +448,7 @@ def train(c):
                 hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
                 critic_optimizer.zero_grad(set_to_none=True)
                 hinge.backward()
-                plumbing.average([p.grad for p in critic.parameters()])
+                config.average([p.grad for p in critic.parameters()])
                 critic_optimizer.step()
 
             if step % 50 == 0:
@@ -452,9 +456,9 @@ def train(c):
             if stop.asked or (step + 1) % c.save_every == 0 and step + 1 < c.steps:
                 save(step + 1)
                 if stop.asked:
-                    plumbing.stopped(path, step + 1)
+                    config.stopped(path, step + 1)
     measure_statistics(model.eval(), images, autocast, device)
-    model.fingerprint = plumbing.fingerprint(model.state_dict())
+    model.fingerprint = config.fingerprint(model.state_dict())
     save(c.steps, model.fingerprint)
     print(f"seconds: {time.time() - began:.0f}")
     return finish(c, model, images, labels, autocast, device)
@@ -463,7 +467,7 @@ def train(c):
 def announce(c, device, model, pictures, classes):
     """Five lines on what is about to run."""
     count = lambda m: sum(p.numel() for p in m.parameters()) / 1e6
-    print(f"stage 1 ({c.latent}) on {plumbing.describe(device)}; {pictures:,} pictures of "
+    print(f"stage 1 ({c.latent}) on {config.describe(device)}; {pictures:,} pictures of "
           f"{len(classes)} classes, {c.size} px")
     residual = "none" if c.latent == "dino" else f"{count(model.residual):.2f} M"
     print(f"encoder {c.encoder} {count(model.dino):.2f} M frozen, residual {residual}, "
@@ -474,7 +478,7 @@ def announce(c, device, model, pictures, classes):
 
 @torch.no_grad()
 def measure_statistics(model, images, autocast, device, most=20000):
-    """Fill `mean` and `std`, per channel over the training pictures, as evaluation will see them."""
+    """Fill `mean` and `std`, per channel over the training pictures, as at evaluation."""
     first = second = 0.0
     count = 0
     for start in range(0, min(most, len(images)), 500):
@@ -496,7 +500,7 @@ def finish(c, model, images, labels, autocast, device):
     if not (note.is_file() and json.loads(note.read_text())["ae"] == model.fingerprint):
         note.unlink(missing_ok=True)                     # from here on the cache counts as absent
         write_latents(model, images, labels, autocast, device, out)
-        plumbing.atomic(note, lambda t: Path(t).write_text(json.dumps(dict(ae=model.fingerprint))))
+        config.atomic(note, lambda t: Path(t).write_text(json.dumps(dict(ae=model.fingerprint))))
     held, _, _ = load_images(c.data, c.size, "test")
     x = to_float(held, slice(0, 2000), None, device)
     with autocast():
@@ -526,8 +530,8 @@ def write_latents(model, images, labels, autocast, device, out):
                 with autocast():
                     cache[flipped, part] = model.encode(x).cpu().numpy().astype(np.float16)
         cache.flush()
-    plumbing.atomic(out / "latents.npy", write)
-    plumbing.atomic(out / "labels.npy", lambda t: np.save(t, np.asarray(labels)))
+    config.atomic(out / "latents.npy", write)
+    config.atomic(out / "labels.npy", lambda t: np.save(t, np.asarray(labels)))
 
 
 def to_uint8(images):
@@ -545,14 +549,14 @@ def save_grid(path, images, columns, zoom=None):
     zoom = zoom or max(1, 64 // S)
     picture = Image.fromarray(sheet.numpy())
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST)
-    plumbing.atomic(path, lambda t: picture.save(t, "PNG"))
+    config.atomic(path, lambda t: picture.save(t, "PNG"))
 
 
 def main(argv=None):
     """The command line."""
-    train(plumbing.parse(Config, PRESETS, argv))
+    train(config.parse(Config, PRESETS, argv))
 
 
 if __name__ == "__main__":
-    with plumbing.one_line_errors():
+    with config.one_line_errors():
         main()

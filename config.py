@@ -1,4 +1,4 @@
-"""The plumbing that every stage shares: flags, device, randomness, files that are never half-written.
+"""The plumbing that every stage shares: flags, device, randomness, whole files.
 
 Nothing here knows about images, latents or models. Each training stage is one dataclass whose
 fields are its flags; `field(default, "help")` gives a field its sentence for `--help`.
@@ -46,7 +46,8 @@ def parse(cls, presets, argv=None):
             continue
         choices = f.metadata.get("choices") or (sorted(presets) if f.name == "preset" else None)
         parser.add_argument(f"--{f.name}", type=_finite(type(f.default)), choices=choices,
-                            metavar=None if choices else type(f.default).__name__.upper(), **options)
+                            metavar=None if choices else type(f.default).__name__.upper(),
+                            **options)
     said = vars(parser.parse_args(argv))
     names = {f.name: f.default for f in dataclasses.fields(cls)}
     preset = said.get("preset", names.get("preset"))
@@ -175,7 +176,7 @@ def atomic(path, write):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:          # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:    # a full disk can be either
         raise UserError(f"{path}: could not be written ({error}); "
                         "the file that was there is untouched") from None
     finally:
@@ -188,7 +189,7 @@ def save(path, obj):
 
 
 def load(path):
-    """Read a checkpoint onto the CPU; never runs code from the file. UserError says what is wrong."""
+    """Read a checkpoint onto the CPU, never running code from it. UserError says what is wrong."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -198,7 +199,7 @@ def load(path):
         raise UserError(f"{path}: {what}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                        # zip, pickle and unpickler errors of all kinds
+    except Exception as error:                        # zip and pickle errors of all kinds
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}): truncated, "
                         "corrupt, or not written by this project; delete it and make it again") \
             from None
@@ -222,7 +223,8 @@ def load_kind(path, kind, maker):
     checkpoint = load(path)
     found = checkpoint.get("kind") if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if found != kind:
-        raise UserError(f"{path}: holds {found or 'something else'}, not {kind}; `{maker}` makes one")
+        raise UserError(f"{path}: holds {found or 'something else'}, not {kind}; "
+                        f"`{maker}` makes one")
     if checkpoint.get("version") != VERSION:
         raise UserError(f"{path}: written by version {checkpoint.get('version')} of this code, "
                         f"this is version {VERSION}; `{maker} --overwrite` makes it anew")
@@ -296,7 +298,7 @@ def stopped(path, step):
 
 
 def progress(start, steps, what):
-    """A progress bar with an ETA over the steps still to do; on a log file one line now and then."""
+    """A progress bar with an ETA over the steps still to do; in a log file now and then."""
     return tqdm(range(start, steps), desc=what, initial=start, total=steps, dynamic_ncols=True,
                 mininterval=0.5 if sys.stderr.isatty() else 15)
 

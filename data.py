@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import config as plumbing
+import config
 from config import UserError
 
 # ---------------------------------------------------------------- shapes: geometry
@@ -39,7 +39,7 @@ def _box(p, w, h, cx=0.0, cy=0.0):
 
 
 def _polygon(p, corners):
-    """Convex polygon, corners counter-clockwise on paper: the farthest of its edges' half-planes."""
+    """Convex polygon, corners counter-clockwise on paper: the farthest of its half-planes."""
     edges = []
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
         length = math.hypot(bx - ax, by - ay)
@@ -88,7 +88,7 @@ CHUNK = 1000                   # pictures drawn from one random stream; the unit
 
 
 def shapes(n, size=32, seed=0, masks=False):
-    """The first `n` pictures of the stream that `seed` names: a longer set begins with a shorter one.
+    """The first `n` pictures of the stream that `seed` names; a longer set begins with a shorter.
 
     n: how many; size: side in pixels; the same seed is the same pictures at every size (up to the
     pixel noise). -> images uint8 (n, 3, size, size) RGB, labels int64 (n,), class names; with
@@ -123,9 +123,8 @@ def _render_chunk(size, g, count):
     centre = uniform(2, low=-1, high=1) * (1.02 - scale)[:, None]
     p = (grid - centre[:, None]) / scale[:, None, None]                         # (B, P, 2)
     c, s = angle.cos()[:, None], angle.sin()[:, None]
-    mirror = (uniform() < 0.5)[:, None] * 2 - 1          # arrows and moons look either way: flips stay
-    p = torch.stack([mirror * (c * p[..., 0] + s * p[..., 1]),          # within the set
-                     c * p[..., 1] - s * p[..., 0]], -1)
+    mirror = (uniform() < 0.5)[:, None] * 2 - 1       # arrows look either way: flips stay in the set
+    p = torch.stack([mirror * (c * p[..., 0] + s * p[..., 1]), c * p[..., 1] - s * p[..., 0]], -1)
     distance = torch.empty(count, size * size)
     for k, name in enumerate(SHAPES):
         mine = labels == k
@@ -168,11 +167,11 @@ def _two_colours(uniform):
 def _surface(colour, grid, uniform):
     """A colour (B, 3) with a gradient and, for half of the pictures, faint stripes or checks."""
     turn = uniform(high=2 * math.pi)
-    along = torch.stack([turn.cos(), turn.sin()], -1) @ grid.T                  # (B, P) in about +-1
+    along = torch.stack([turn.cos(), turn.sin()], -1) @ grid.T               # (B, P) in +-1.4
     shift = uniform(3, low=-0.22, high=0.22)
     surface = colour[:, :, None] + shift[:, :, None] * along[:, None]
     turn, phase = uniform(high=math.pi), uniform(2, high=2 * math.pi)
-    pitch = uniform(low=5.0, high=11.0)[:, None]                                # radians a half-width
+    pitch = uniform(low=5.0, high=11.0)[:, None]                             # radians
     u = torch.stack([turn.cos(), turn.sin()], -1) @ grid.T * pitch + phase[:, :1]
     v = torch.stack([-turn.sin(), turn.cos()], -1) @ grid.T * pitch + phase[:, 1:]
     kind = uniform()[:, None]
@@ -184,7 +183,7 @@ def _surface(colour, grid, uniform):
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test")}
-HELD_OUT = 10                  # without a folder of its own, every tenth picture of a class is held out
+HELD_OUT = 10                  # every tenth picture of a class, without a folder of its own
 
 
 def list_folder(root, split):
@@ -250,7 +249,7 @@ def decode(path, size):
 
 
 def _decode_folder(root, size, split, cache):
-    """Decode one split into cache/images.npy and labels.npy; unreadable files are named, skipped."""
+    """Decode one split into `cache`; files that cannot be read are named and skipped."""
     paths, labels, names = list_folder(root, split)
     bad = []
 
@@ -282,8 +281,8 @@ def _decode_folder(root, size, split, cache):
             os.replace(temporary + ".npy", temporary)
             print(f"skipped {len(bad)} of {len(paths)} pictures that cannot be read")
         labels = kept
-    plumbing.atomic(cache / "images.npy", write)
-    plumbing.atomic(cache / "labels.npy", lambda t: np.save(t, np.array(labels, np.int64)))
+    config.atomic(cache / "images.npy", write)
+    config.atomic(cache / "labels.npy", lambda t: np.save(t, np.array(labels, np.int64)))
 
 
 # ---------------------------------------------------------------- the feed
@@ -314,8 +313,8 @@ def load_images(name, size, split="train", cache="out/data"):
     if not (folder / "labels.npy").is_file():               # written last: its presence means whole
         if name == "shapes":
             images, labels, _ = shapes(SHAPES_SPLITS[split][0], size, SHAPES_SPLITS[split][1])
-            plumbing.atomic(folder / "images.npy", lambda t: np.save(t, images.numpy()))
-            plumbing.atomic(folder / "labels.npy", lambda t: np.save(t, labels.numpy()))
+            config.atomic(folder / "images.npy", lambda t: np.save(t, images.numpy()))
+            config.atomic(folder / "labels.npy", lambda t: np.save(t, labels.numpy()))
         else:
             _decode_folder(name, size, split, folder)
     images = np.load(folder / "images.npy", mmap_mode="r")

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import config as plumbing
+import config
 from ae import load_ae, save_grid, to_uint8
 from config import Stop, UserError, check_shared, field, require
 from dino import attention
@@ -96,7 +96,7 @@ PRESETS = {
 
 
 def sincos(positions, dim):
-    """positions (M,) -> (M, dim): sines and cosines of dim/2 frequencies from 1 down to 1/10,000."""
+    """positions (M,) -> (M, dim): cosines and sines of dim/2 frequencies from 1 to 1/10,000."""
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=positions.device)
                           / (dim // 2))
     angle = positions.float()[:, None] * frequency
@@ -145,7 +145,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """The velocity network.  Label `classes` means no class.  At initialisation it predicts zero."""
+    """The velocity network.  Label `classes` means no class.  Untrained it predicts zero."""
 
     def __init__(self, channels, classes, dim=192, depth=6, heads=6):
         super().__init__()
@@ -174,7 +174,7 @@ class DiT(nn.Module):
         return torch.cat([columns.repeat(h, 1), rows.repeat_interleave(w, 0)], 1)
 
     def forward(self, x, t, y):
-        """x (B, C, h, w), t (B,) in [0, 1], y (B,) in 0..classes -> velocity (B, C, h, w), float32"""
+        """x (B, C, h, w), t (B,) in [0, 1], y (B,) in 0..classes -> velocity (B, C, h, w)"""
         B, C, h, w = x.shape
         z = self.inp(x.flatten(2).transpose(1, 2)) + self.positions(h, w, x.device)    # (B, N, D)
         c = self.time(t) + self.label(y)                                       # (B, D)
@@ -190,7 +190,7 @@ class DiT(nn.Module):
 def load_dit(path, device="cpu"):
     """dit.pt -> DiT holding the EMA weights, in eval mode; `sample_shift` and `ae` (the fingerprint
     of the autoencoder whose latents it learned) as attributes.  Raises UserError."""
-    checkpoint = plumbing.load_kind(path, "dit", "python dit.py")
+    checkpoint = config.load_kind(path, "dit", "python dit.py")
     model = build(checkpoint)
     model.load_state_dict(checkpoint["ema"])                       # strict
     model.sample_shift, model.ae = checkpoint["config"]["sample_shift"], checkpoint["ae"]
@@ -225,12 +225,12 @@ def load_latents(out, ae):
 
 def train(c):
     """Run or continue stage 2 as its Config says; -> the DiT holding the EMA weights."""
-    device, autocast = plumbing.setup(c.device)
+    device, autocast = config.setup(c.device)
     out = Path(c.out)
     path = out / "dit.pt"
     ae = load_ae(out / "ae.pt", device)
     latents, labels = load_latents(out, ae)
-    checkpoint = plumbing.resume(path, "dit", c, "python dit.py")
+    checkpoint = config.resume(path, "dit", c, "python dit.py")
     if checkpoint and checkpoint["ae"] != ae.fingerprint:
         raise UserError(f"{path} learned the latents of another autoencoder than {out / 'ae.pt'}; "
                         "--overwrite starts afresh")
@@ -251,40 +251,40 @@ def train(c):
     announce(c, device, model, ae, len(labels))
 
     def save(step):
-        if plumbing.rank() == 0:
-            plumbing.save(path, dict(
-                kind="dit", version=plumbing.VERSION, config=plumbing.plain(c), step=step,
+        if config.rank() == 0:
+            config.save(path, dict(
+                kind="dit", version=config.VERSION, config=config.plain(c), step=step,
                 channels=model.channels, classes=model.classes, ae=ae.fingerprint,
                 model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
 
     def batch(step):
         """This step's latents and labels, drawn by its own generator -> x1 (B, C, h, w), y (B,)"""
-        g = plumbing.generator(c.seed, step)
+        g = config.generator(c.seed, step)
         index = torch.randint(len(labels), (c.batch,), generator=g)
         flip = (torch.rand(c.batch, generator=g) < 0.5).long()
         dropped = torch.rand(c.batch, generator=g) < c.drop
         y = torch.where(dropped, model.classes, labels[index])
-        mine = slice(plumbing.rank(), None, plumbing.world())
+        mine = slice(config.rank(), None, config.world())
         x1 = torch.from_numpy(latents[flip[mine].numpy(), index[mine].numpy()])
-        noise = plumbing.generator(c.seed + 1_000_000, step * plumbing.world() + plumbing.rank(),
+        noise = config.generator(c.seed + 1_000_000, step * config.world() + config.rank(),
                                    device)
         return x1.to(device, non_blocking=True).float(), y[mine].to(device), noise
 
     began = time.time()
     bins = torch.zeros(2, 4, device=device)                        # loss and count by quarter of t
     with Stop() as stop:
-        bar = plumbing.progress(start, c.steps, "dit")
+        bar = config.progress(start, c.steps, "dit")
         following = batch(start)
         for step in bar:
             x1, y, noise = following
             for group in optimizer.param_groups:
-                group["lr"] = plumbing.rate(c, step)
+                group["lr"] = config.rate(c, step)
             with autocast():
                 losses, t = flow_loss(model, x1, y, shift=c.shift, generator=noise)     # (B,), (B,)
             loss = losses.mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            plumbing.average([p.grad for p in model.parameters()])
+            config.average([p.grad for p in model.parameters()])
             norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
             optimizer.step()
             with torch.no_grad():
@@ -297,7 +297,7 @@ def train(c):
             if step + 1 < c.steps:
                 following = batch(step + 1)                        # while the device still works
             last = step + 1 == c.steps
-            if (step + 1) % 100 == 0 or last:                      # the only place that waits for it
+            if (step + 1) % 100 == 0 or last:                # waits for the device only here
                 if not (torch.isfinite(bins).all() and torch.isfinite(norm)):
                     raise UserError(f"the loss is not finite at step {step}; {path} holds the last "
                                     "good state, if any; try a smaller --lr")
@@ -311,7 +311,7 @@ def train(c):
             if stop.asked or (step + 1) % c.save_every == 0 or last:
                 save(step + 1)
                 if stop.asked and not last:
-                    plumbing.stopped(path, step + 1)
+                    config.stopped(path, step + 1)
     seconds = time.time() - began
     print(f"seconds: {seconds:.0f}\nloss: {result[0]:.4f}\nloss_by_quarter_of_t: {result[1]}")
     print(f"latents_per_second: {c.batch * (c.steps - start) / seconds:.0f}")
@@ -321,11 +321,11 @@ def train(c):
 
 def announce(c, device, model, ae, pictures):
     """Five lines on what is about to run, and the one warning that a first experiment needs."""
-    print(f"stage 2 on {plumbing.describe(device)}; {pictures:,} pictures' latents of "
+    print(f"stage 2 on {config.describe(device)}; {pictures:,} pictures' latents of "
           f"{ae.latent_dim} channels ({ae.latent}), {len(ae.classes)} classes")
     print(f"DiT {c.size}: width {c.dim}, depth {c.depth}, {c.heads} heads, "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; {c.steps} steps of {c.batch}; "
-          "flags: " + (" ".join(f"--{k} {getattr(c, k)}" for k in c.said) or "the preset's"))
+          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; {c.steps} steps of "
+          f"{c.batch}; flags: " + (" ".join(f"--{k} {getattr(c, k)}" for k in c.said) or "the preset's"))
     if c.dim <= ae.latent_dim:
         # RAE (arXiv 2510.11690, section 4.1): below that width even one picture is not learned
         print(f"warning: width {c.dim} is not above the latent's {ae.latent_dim} channels; "
@@ -338,7 +338,7 @@ def preview(c, model, ae, device, autocast):
     classes = min(10, model.classes)
     y = torch.arange(classes, device=device).repeat_interleave(10)
     noise = torch.randn(100, model.channels, *[ae.image_size // ae.patch] * 2,
-                        generator=plumbing.generator(123))
+                        generator=config.generator(123))
     noise = noise[:len(y)].to(device)
     with autocast():
         z = euler(guided(model, y, model.classes, c.preview_scale), noise, 10, c.sample_shift)
@@ -348,9 +348,9 @@ def preview(c, model, ae, device, autocast):
 
 def main(argv=None):
     """The command line."""
-    train(plumbing.parse(Config, PRESETS, argv))
+    train(config.parse(Config, PRESETS, argv))
 
 
 if __name__ == "__main__":
-    with plumbing.one_line_errors():
+    with config.one_line_errors():
         main()

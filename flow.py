@@ -36,7 +36,7 @@ def flow_loss(model, x1, *cond, shift=1.0, generator=None):
 
 
 def guided(model, y, null, scale, t_range=(0.0, 1.0)):
-    """Classifier-free guidance v = v_null + scale (v_y - v_null), on every channel -> velocity(x, t).
+    """Classifier-free guidance v_null + scale (v_y - v_null), every channel -> velocity(x, t).
 
     y (B,) classes; null: the index that means no class; t_range: outside of lo <= t < hi the plain
     conditional model is used.  At scale 1, and outside the range, a step costs one evaluation;
@@ -61,7 +61,7 @@ def _times(steps, shift):
 
 
 def _state(x):
-    """The sampler's state is float32 or better: in bfloat16 small steps would vanish in rounding."""
+    """The sampler's state is float32 or better: in bfloat16 small steps vanish in rounding."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import config as plumbing
+import config
 from ae import load_ae, save_grid, to_uint8
 from config import UserError, field, require
 from data import load_images, to_float
@@ -83,10 +83,10 @@ def generate(model, ae, labels, steps=10, scale=1.0, shift=None, seed=0, sampler
         raise UserError("the DiT learned the latents of another autoencoder than this one")
     shift = shift or getattr(model, "sample_shift", 1.0)
     device = next(model.parameters()).device
-    _, autocast = plumbing.setup(device)
+    _, autocast = config.setup(device)
     side = ae.image_size // ae.patch
     noise = torch.randn(len(labels), model.channels, side, side,
-                        generator=plumbing.generator(seed))
+                        generator=config.generator(seed))
     images = []
     for start in range(0, len(labels), batch):
         y = labels[start:start + batch].to(device)
@@ -102,8 +102,8 @@ def load(out, device):
     """-> (DiT, AutoEncoder) of a folder; refuses two that do not belong together."""
     model, ae = load_dit(Path(out) / "dit.pt", device), load_ae(Path(out) / "ae.pt", device)
     if model.ae != ae.fingerprint:
-        raise UserError(f"{out}/dit.pt learned the latents of another autoencoder than {out}/ae.pt; "
-                        f"run `python dit.py --out {out} --overwrite`")
+        raise UserError(f"{out}/dit.pt learned the latents of another autoencoder than "
+                        f"{out}/ae.pt; run `python dit.py --out {out} --overwrite`")
     return model, ae
 
 
@@ -145,7 +145,7 @@ class Scorer:
         autoencoder."""
         n = min(n, len(self.held))
         real = torch.from_numpy(self.held[:n].copy())
-        _, autocast = plumbing.setup(self.device)
+        _, autocast = config.setup(self.device)
         with autocast():
             back = torch.cat([to_uint8(self.ae.decode(self.ae.encode(
                 to_float(self.held, slice(i, min(n, i + 250)), None, self.device))))
@@ -162,15 +162,15 @@ def even(classes, n):
 
 def main(argv=None):
     """The command line."""
-    c = plumbing.parse(Config, PRESETS, argv)
-    device, _ = plumbing.setup(c.device)
+    c = config.parse(Config, PRESETS, argv)
+    device, _ = config.setup(c.device)
     model, ae = load(c.out, device)
     out, classes = Path(c.out), choose(c.classes, ae.classes)
     shift = c.shift or model.sample_shift
     options = dict(scale=c.scale, shift=shift, seed=c.seed, batch=c.batch,
                    sampler=heun if c.sampler == "heun" else euler, t_range=(c.t_lo, c.t_hi))
     nfe = c.steps * (2 if c.sampler == "heun" else 1) * (2 if c.scale != 1 else 1)
-    print(f"stage 3 on {plumbing.describe(device)}; {c.steps} {c.sampler} steps (NFE {nfe}), "
+    print(f"stage 3 on {config.describe(device)}; {c.steps} {c.sampler} steps (NFE {nfe}), "
           f"guidance {c.scale:g}, shift {shift:g}, seed {c.seed}; DiT of step {model.step}")
     scorer = Scorer(ae, device) if c.n and ae.dataset == "shapes" else None
 
@@ -216,7 +216,7 @@ def sweep(c, model, ae, classes, options, scorer):
                 print(f"{n:5d}  {scale:8g}  {row['accuracy']:8.3f}  {row['frechet']:7.2f}")
                 lines.append(f"{n}\t{scale:g}\t{nfe}\t{row['accuracy']:.4f}\t{row['frechet']:.4f}"
                              f"\t{c.n}\t{c.seed}\t{options['shift']:g}")
-        plumbing.atomic(out / "sweep.tsv", lambda t: Path(t).write_text("\n".join(lines) + "\n"))
+        config.atomic(out / "sweep.tsv", lambda t: Path(t).write_text("\n".join(lines) + "\n"))
     print(f"wrote {out / 'sweep.png'}: a row each of {c.sweep} steps")
 
 
@@ -224,7 +224,7 @@ def trajectory(path, model, ae, classes, steps, options):
     """An animation of the states from noise to picture, each decoded as if it were a latent."""
     frames = []
     device = next(model.parameters()).device
-    _, autocast = plumbing.setup(device)
+    _, autocast = config.setup(device)
 
     def see(start, i, t, x):
         with autocast():
@@ -237,7 +237,7 @@ def trajectory(path, model, ae, classes, steps, options):
     labels = torch.tensor(classes).repeat_interleave(5)
     generate(model, ae, labels, max(20, steps), callback=see, **{**options, "batch": len(labels)})
     durations = [80] * (len(frames) - 1) + [1500]
-    plumbing.atomic(path, lambda t: frames[0].save(t, "GIF", save_all=True, loop=0,
+    config.atomic(path, lambda t: frames[0].save(t, "GIF", save_all=True, loop=0,
                                                    append_images=frames[1:], duration=durations))
     print(f"wrote {path}")
 
@@ -251,10 +251,10 @@ def write_npz(path, model, ae, c, options):
         part = generate(model, ae, labels[start:start + c.batch], c.steps,
                         **{**options, "seed": c.seed + k * 1_000_003})
         images[start:start + c.batch] = part.permute(0, 2, 3, 1).numpy()
-    plumbing.atomic(path, lambda t: np.savez(t, arr_0=images, arr_1=labels.numpy()))
+    config.atomic(path, lambda t: np.savez(t, arr_0=images, arr_1=labels.numpy()))
     print(f"wrote {path}: {images.shape} uint8")
 
 
 if __name__ == "__main__":
-    with plumbing.one_line_errors():
+    with config.one_line_errors():
         main()

@@ -50,7 +50,10 @@ class Config:
 
 
 PRESETS = dict(
+    # One CPU core, 35 s, exact flow, separable / entangled: consistency .973 +-.002 / .048 +-.016,
+    # straightness .955 +-.001 / .757 +-.002, distance at 5 steps .138 +-.002 / .711 +-.033.
     default=dict(),
+    # One CPU core, 5 s: the exact flow as above, the MLPs hardly trained.
     debug=dict(out="out/toy_debug", steps=40, batch=128, samples=400, seeds=2),
 )
 
@@ -59,11 +62,12 @@ PRESETS = dict(
 GRID = torch.tensor([-2.25, -0.75, 0.75, 2.25])       # in standard deviations of the noise
 CENTERS = torch.stack([GRID.repeat(4), GRID.flip(0).repeat_interleave(4)], 1)    # (16, 2)
 SPREAD = 0.15                                         # standard deviation of a cell
+# Cells row by row, the top row first; each holds the label of its class.
 SEPARABLE = torch.tensor([0, 0, 1, 1,  0, 0, 1, 1,  2, 2, 3, 3,  2, 2, 3, 3])
 # A small Sudoku: as even as sixteen cells allow.  The mean of every class is the origin, so that
 # one Euler step, which cannot but land on the mean, is of no use at all.
 ENTANGLED = torch.tensor([0, 1, 2, 3,  2, 3, 0, 1,  1, 0, 3, 2,  3, 2, 1, 0])
-MIXES = (0.0, 0.3, 0.6, 1.0)
+MIXES = (0.0, 0.3, 0.6, 1.0)                          # the pictures want 0 and 1 among them
 STEPS = (1, 2, 3, 5, 10, 20)
 
 CLASSES, NULL = 4, 4                                  # NULL: the index that means "no class"
@@ -110,7 +114,7 @@ class Exact:
 class MLP(nn.Module):
     """The learned velocity: place and time, plus an embedding of the class."""
 
-    def __init__(self, width=96):
+    def __init__(self, width=64):
         super().__init__()
         self.inp, self.cls = nn.Linear(3, width), nn.Embedding(CLASSES + 1, width)
         self.net = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
@@ -123,15 +127,16 @@ class MLP(nn.Module):
 
 def train(mix, seed, steps, batch):
     """-> an MLP trained on one labelling; points, noise, times and first weights hang on seed."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)                               # for the first weights alone
     model = MLP()
     opt = torch.optim.Adam(model.parameters(), fused=True)
     for step in range(steps):
-        rng = generator(seed, step)
+        rng = generator(seed, step)                       # the same for every mix
         x1, y = points(batch, mix, rng)
         # One label in ten is hidden, so that --scale has an unconditional model to lean on.
         y = torch.where(torch.rand(batch, generator=rng) < 0.1, NULL, y)
-        opt.param_groups[0]["lr"] = 5e-3 * (1 + math.cos(math.pi * step / steps))
+        # Half a cosine from 0.02 to 0: without the decay the ends of the paths stay ragged.
+        opt.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * step / steps))
         loss = flow_loss(model, x1, y, generator=rng)[0].mean()
         opt.zero_grad()
         loss.backward()
@@ -148,11 +153,12 @@ def measure(model, mix, seed, samples, scale):
     path (FINE + 1, n, 2) is the fine solution.  Lengths are in standard deviations of the noise.
     """
     rng, each = generator(seed, MEASURE), samples // CLASSES
+    # Noise comes first from the rng, so that it does not depend on the labels.
     y = torch.arange(CLASSES).repeat_interleave(each)
     x0 = torch.randn(len(y), 2, generator=rng)
     cells = cell_weights(mix)[:CLASSES].multinomial(2 * each, True, generator=rng)
     real = CENTERS[cells] + SPREAD * torch.randn(*cells.shape, 2, generator=rng)
-    real, again = real.split(each, 1)                     # (4, n / 4, 2) each
+    real, again = real.split(each, 1)                     # two samples (4, n / 4, 2): the floor
     velocity, path = guided(model, y, NULL, scale), []
     fine = euler(velocity, x0, FINE, callback=lambda i, t, x: path.append(x))
     path = torch.stack(path)
@@ -160,6 +166,7 @@ def measure(model, mix, seed, samples, scale):
     # Consistency is the resultant length: the norm of the mean of the unit vectors of a class, 1
     # if all travel one way, 0 if they cancel.  Angles would be noise where nothing agrees.
     way = nn.functional.normalize(fine - x0, dim=1).view(CLASSES, each, 2)
+    # Straightness is the distance covered over the way travelled: 1 for a straight path.
     straight = (fine - x0).norm(dim=1) / path.diff(dim=0).norm(dim=2).sum(0)
     found = dict(consistency=way.mean(1).norm(dim=1).mean().item(),
                  straightness=straight.mean().item())
@@ -213,7 +220,7 @@ class Canvas:
 
     def done(self):
         """-> the finished picture."""
-        return self.image.reduce(K)
+        return self.image.reduce(K)                       # the mean of K x K pixels
 
 
 def square(side, x1, labels, radius):
@@ -231,6 +238,7 @@ def flow_panel(side, shown, each=14, now=FINE, tail=FINE, dot=3.4, every=2):
     y, path, x1, labels = shown
     canvas, pixels = square(side, x1, labels, 2)
     canvas.dots(pixels(path[0, ::every]), "#00000026", 1.6)
+    # The first few of each class: the same noise in both panels.
     few = [pixels(path[now - tail:now + 1, (y == c).nonzero()[:each, 0]]) for c in range(CLASSES)]
     for color, lines in zip(COLORS, few):
         for line in lines.swapaxes(0, 1):
@@ -248,12 +256,14 @@ def field_panel(side, shown, c, lattice=8, least=40):
     none where fewer than `least` states were seen."""
     y, path, x1, labels = shown
     canvas, pixels = square(side, x1[labels == c], labels[labels == c], 1.6)
+    # Pixels count downwards, hence the sign; a place is a square of the lattice.
     v = path[:, y == c].diff(dim=0).reshape(-1, 2).numpy() * FINE * (1, -1)
     cell = np.floor(pixels(path[:-1, y == c].reshape(-1, 2)) / side * lattice)
     for place in np.ndindex(lattice, lattice):
         here = (cell == place).all(1)
         if here.sum() >= least:
-            half = v[here].mean(0) * side / 48
+            # The head is a V as long as 0.7 of half the arrow, so that short arrows stay arrows.
+            half = v[here].mean(0) * side / 56              # in pixels, to be legible
             middle, barb = (np.array(place) + 0.5) / lattice * side, half[::-1] * (-0.4, 0.4)
             tip, notch = middle + half, middle + 0.3 * half
             canvas.line([middle - half, tip], COLORS[c], 1.3)
@@ -298,6 +308,7 @@ def picture(shown, table):
         for c in range(CLASSES):
             canvas.paste(field_panel(131, shown[mix], c), left + 143 * c, 734)
         canvas.text(left, 876, "mean velocity at each place, one class at a time", 19, GREY)
+    # Unbiased, the floor is 0 up to chance: its mean and one deviation, of the worse labelling.
     floor = max(np.nan_to_num(table["exact", mix, "floor"]).sum() for mix in SIDES)
     for top, title, args in ((116, "distance to the 200-step solution", ("rmse", 0.02, 4)),
                              (496, "energy distance to real points", ("energy", 8e-4, 4, floor))):
@@ -317,6 +328,7 @@ def animation(shown, frames=40):
             canvas.paste(flow_panel(380, shown[mix], 50, now, min(now, 14), 2.6, 6), left, 44)
         canvas.line([(10, 436), (10 + 780 * now / FINE, 436)], INK, 3)
         pictures.append(canvas.done())
+    # One palette for all, and no dithering: what stands still costs no bytes.
     palette = pictures[frames // 2].quantize(64)
     return [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
 
@@ -371,8 +383,9 @@ def main(argv=None):
     atomic(out / "toy_flow.tsv", lambda file: Path(file).write_text("".join(rows)))
     atomic(out / "toy_flow.png", picture(shown, table).save)
     first, *rest = animation(shown)
+    times = [600] + [60] * (len(rest) - 1) + [1800]       # milliseconds
     atomic(out / "toy_flow.gif", lambda file: first.save(
-        file, save_all=True, append_images=rest, duration=[600] + [60] * 38 + [1800], loop=0))
+        file, save_all=True, append_images=rest, duration=times, loop=0))
     print()
     for kind in ("exact", "learned"):
         for mix, (name, _) in SIDES.items():
