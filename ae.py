@@ -12,7 +12,7 @@ the concatenation back into pixels (SVG, arXiv 2510.15301, section 3.2 and Figur
 Writes out/<preset>/ae.pt (self-describing), latents.npy (every training picture's latent, plain
 and flipped), labels.npy, and reconstructions.png (each picture beside its reconstruction).
 """
-import copy, json, time
+import json, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class Config:
     enc_depth: int = field(4, "depth of the residual ViT (paper: 6)")
     enc_stem: int = field(32, "width of its convolutional stem, 0: a linear patch map (paper: 0)")
     ch: int = field(32, "decoder width at full resolution (paper: 128)")
-    mult: str = field("1,2,4,4", "decoder width multipliers, full resolution first (1,1,2,2,4)")
+    mult: str = field("1,2,2,4", "decoder width multipliers, full resolution first (1,1,2,2,4)")
     res_blocks: int = field(1, "residual blocks a level, and one more (paper: 2)")
     vae_dim: int = field(16, "channels of the VAE's latent (--latent vae only)")
     kl: float = field(1e-4, "weight of the mean KL divergence a latent value (--latent vae only)")
@@ -61,7 +61,7 @@ class Config:
     gan: float = field(0.0, "weight of the PatchGAN loss (paper: 0.5)")
     gan_start: int = field(2500, "batches before the discriminator joins (paper: 2,501)")
     steps: int = field(2400, "optimiser steps")
-    batch: int = field(64, "pictures a step, over all ranks together (paper: 512)")
+    batch: int = field(32, "pictures a step, over all ranks together (paper: 512)")
     lr: float = field(1.5e-3, "learning rate (paper: 1e-4)")
     warmup: int = field(100, "steps of linear warm-up (paper: 0)")
     decay: bool = field(True, "cosine decay of the learning rate to zero (paper: no)")
@@ -401,13 +401,14 @@ def train(c):
         if config.rank() == 0:
             config.save(path, dict(
                 kind="ae", version=config.VERSION, config=config.plain(c),
-                vit=vars(model.dino.config), classes=list(classes), step=step, fingerprint=fingerprint, ema=None,
+                vit=vars(model.dino.config), classes=list(classes), step=step,
+                fingerprint=fingerprint,
                 model=model.state_dict(), optimizer=optimizer.state_dict(),
                 critic=critic.state_dict() if c.gan else None,
                 critic_optimizer=critic_optimizer.state_dict() if c.gan else None))
 
     announce(c, device, model, len(images), classes)
-    began, total = time.time(), dict(l1=0.0, perceptual=0.0)
+    began, finite = time.time(), torch.ones((), dtype=torch.bool, device=device)
     with Stop() as stop:
         bar = config.progress(start, c.steps, "ae")
         for step in bar:
@@ -434,9 +435,7 @@ def train(c):
                 loss = loss + generated * c.gan * adaptive_weight(
                     nll, generated, model.decoder.conv_out.weight, bound)
             # -------------------------------------------
-            if not torch.isfinite(loss):
-                raise UserError(f"the loss is {loss.item()} at step {step}; {path} holds the last "
-                                "good state; try a smaller --lr")
+            finite &= torch.isfinite(loss.detach())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             config.average([p.grad for p in trained if p.grad is not None])
@@ -451,9 +450,13 @@ def train(c):
                 config.average([p.grad for p in critic.parameters()])
                 critic_optimizer.step()
 
-            if step % 50 == 0:
+            last, saving = step + 1 == c.steps, (step + 1) % c.save_every == 0 or stop.asked
+            if step % 50 == 0 or saving or last:                   # waits for the device only here
+                if not finite:
+                    raise UserError(f"the loss is not finite at step {step}; {path}, if there, is "
+                                    "the last good state; try a smaller --lr")
                 bar.set_postfix(l1=f"{l1.item():.4f}", perceptual=f"{perceptual.item():.4f}")
-            if stop.asked or (step + 1) % c.save_every == 0 and step + 1 < c.steps:
+            if saving and not last:
                 save(step + 1)
                 if stop.asked:
                     config.stopped(path, step + 1)
@@ -495,6 +498,8 @@ def measure_statistics(model, images, autocast, device, most=20000):
 def finish(c, model, images, labels, autocast, device):
     """After training: the latent cache, the picture of pairs, the figures on held-out pictures."""
     model.eval()
+    if config.rank():                                    # one process writes
+        return model
     out = Path(c.out)
     note = out / "latents.json"
     if not (note.is_file() and json.loads(note.read_text())["ae"] == model.fingerprint):

@@ -3,7 +3,7 @@
 Nothing here knows about images, latents or models. Each training stage is one dataclass whose
 fields are its flags; `field(default, "help")` gives a field its sentence for `--help`.
 """
-import argparse, contextlib, dataclasses, hashlib, math, os, signal, sys, tempfile
+import argparse, contextlib, dataclasses, hashlib, math, os, signal, sys
 from pathlib import Path
 
 import numpy as np
@@ -98,10 +98,12 @@ def one_line_errors():
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
         sys.exit("error: the device is out of memory; give a smaller --batch")
+    except BrokenPipeError:                               # `... | head`
+        sys.exit(1)
     except OSError as error:
         sys.exit(f"error: {error.filename or 'file system'}: {error.strerror or error}")
-    except BrokenPipeError:
-        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from the last checkpoint")
 
 
 # ---------------------------------------------------------------- device, precision, randomness
@@ -123,7 +125,7 @@ def setup(name="auto", threads=0):
             torch.cuda.set_device(name)
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()               # `meta` exists, and holds nothing
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: this machine has no such device; "
                         "try --device cpu, or leave the flag away") from None
@@ -167,20 +169,18 @@ def atomic(path, write):
     """Call write(temporary path), then rename to `path`: it appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix,
-                                         dir=path.parent)
-    os.close(handle)
+    # always the same name, so that what a killed run leaves is overwritten by the next
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        write(temporary)
+        write(str(temporary))
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:    # a full disk can be either
         raise UserError(f"{path}: could not be written ({error}); "
                         "the file that was there is untouched") from None
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def save(path, obj):
@@ -193,7 +193,8 @@ def load(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    head = path.read_bytes()[:512] if path.stat().st_size < 512 else path.open("rb").read(512)
+    with open(path, "rb") as file:
+        head = file.read(512)
     what = wrong_kind(head)
     if what:
         raise UserError(f"{path}: {what}")
@@ -201,7 +202,7 @@ def load(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                        # zip and pickle errors of all kinds
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}): truncated, "
-                        "corrupt, or not written by this project; delete it and make it again") \
+                        "corrupt, or no checkpoint at all; delete it and make or fetch it again") \
             from None
 
 
@@ -300,6 +301,7 @@ def stopped(path, step):
 def progress(start, steps, what):
     """A progress bar with an ETA over the steps still to do; in a log file now and then."""
     return tqdm(range(start, steps), desc=what, initial=start, total=steps, dynamic_ncols=True,
+                disable=rank() > 0,
                 mininterval=0.5 if sys.stderr.isatty() else 15)
 
 

@@ -11,7 +11,7 @@ It needs no download, is a function of its seed, and renders at any size.
 Public: `shapes(n, size, seed)` and `load_images(name, size, split)`, both returning
 (images uint8 (M, 3, S, S), labels int64 (M,), class names).
 """
-import hashlib, math, os, warnings
+import hashlib, math, os, unicodedata, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError
+from fetch import alone, cache as home, fetch, unpack
 
 # ---------------------------------------------------------------- shapes: geometry
 #
@@ -123,7 +124,7 @@ def _render_chunk(size, g, count):
     centre = uniform(2, low=-1, high=1) * (1.02 - scale)[:, None]
     p = (grid - centre[:, None]) / scale[:, None, None]                         # (B, P, 2)
     c, s = angle.cos()[:, None], angle.sin()[:, None]
-    mirror = (uniform() < 0.5)[:, None] * 2 - 1       # arrows look either way: flips stay in the set
+    mirror = (uniform() < 0.5)[:, None] * 2 - 1       # arrows point either way: flips fit in
     p = torch.stack([mirror * (c * p[..., 0] + s * p[..., 1]), c * p[..., 1] - s * p[..., 0]], -1)
     distance = torch.empty(count, size * size)
     for k, name in enumerate(SHAPES):
@@ -179,36 +180,78 @@ def _surface(colour, grid, uniform):
     return surface + (uniform(high=TEXTURE)[:, None] * wave)[:, None]
 
 
+# ---------------------------------------------------------------- data sets to fetch
+
+FASTAI = "https://s3.amazonaws.com/fast-ai-imageclas/"
+ARCHIVES = {                   # ten classes of ImageNet each, easy ones and breeds of dogs
+    "imagenette": (FASTAI + "imagenette2-320.tgz",           # 340 MB; the shorter side is 320 px
+                   dict(md5="3df6f0d01a2c9592104656642f5e78a3")),
+    "imagenette-full": (FASTAI + "imagenette2.tgz",          # 1.6 GB; as in ImageNet
+                        dict(md5="fe2fc210e6bb7c5664d602c3cd71e612")),
+    "imagewoof": (FASTAI + "imagewoof2-320.tgz",             # the sum as third parties record it
+                  dict(sha256="4e4905ed7643120daaf9bf3b2ef7f3a7e8396d9bdaf254a38c6f01f618b4973d")),
+}
+WORDS = {                      # ImageNet's names of these classes -> words
+    "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
+    "n03000684": "chain saw", "n03028079": "church", "n03394916": "French horn",
+    "n03417042": "garbage truck", "n03425413": "gas pump", "n03445777": "golf ball",
+    "n03888257": "parachute",
+    "n02086240": "Shih-Tzu", "n02087394": "Rhodesian ridgeback", "n02088364": "beagle",
+    "n02089973": "English foxhound", "n02093754": "Border terrier",
+    "n02096294": "Australian terrier", "n02099601": "golden retriever",
+    "n02105641": "Old English sheepdog", "n02111889": "Samoyed", "n02115641": "dingo",
+}
+
+
+def find_folder(name):
+    """A name of ARCHIVES -> its folder in the cache, fetched and unpacked when it is not there;
+    anything else is a folder's path already."""
+    if name not in ARCHIVES:
+        return Path(name).expanduser()
+    url, sums = ARCHIVES[name]
+    archive = home() / url.rpartition("/")[2]
+    folder = archive.with_suffix("")
+    return folder if folder.is_dir() else unpack(fetch(url, archive, **sums), folder)
+
 # ---------------------------------------------------------------- folders of pictures
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# what the bytes may be, whatever the suffix says; not EPS, which would be run as a program
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
+MOST_PIXELS = 90_000_000       # of a picture in memory; more is a mistake, or a decompression bomb
 SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test")}
 HELD_OUT = 10                  # every tenth picture of a class, without a folder of its own
 
 
-def list_folder(root, split):
+def list_folder(root, split, classes=""):
     """-> (paths, labels, class names) of one split of a folder, in an order that does not change.
 
     root/train/CLASS/* with root/val/CLASS/* (or valid, validation, test), or root/CLASS/*.
+    classes: only these, names with commas between or a text file with one a line; labels count
+    them in the folder's order, not in this one's.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder (and not the name of a data set: shapes)")
+        raise UserError(f"--data {root}: no such folder (and not the name of a data set: shapes, "
+                        f"{', '.join(ARCHIVES)})")
     own = {kind: next((root / n for n in names if (root / n).is_dir()), None)
            for kind, names in SPLITS.items()}
     top = own["train"] or root
-    folders = sorted(d for d in top.iterdir() if d.is_dir() and not d.name.startswith("."))
-    names = [d.name for d in folders]
-    if not names:
+    folders = sorted(d.name for d in top.iterdir() if d.is_dir() and not d.name.startswith("."))
+    if not folders:
         raise UserError(f"--data {root}: holds no sub-folders; one a class is wanted")
-    twins = {n for n in names if [m.casefold() for m in names].count(n.casefold()) > 1}
+    same = [_same(name) for name in folders]
+    twins = [name for name in folders if same.count(_same(name)) > 1]
     if twins:
-        raise UserError(f"--data {root}: classes differ only in case: {', '.join(sorted(twins))}")
+        raise UserError(f"--data {root}: classes differ only in case: {', '.join(twins)}")
+    if classes:
+        folders = _chosen(folders, classes, root)
     separate = own["train"] is not None and own["test"] is not None
     paths, labels = [], []
-    for label, name in enumerate(names):
+    for label, name in enumerate(folders):
         folder = (own["test"] if separate and split == "test" else top) / name
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()
+                       and not f.name.startswith("."))       # macOS leaves ._NAME beside NAME
         if not files:
             raise UserError(f"{folder}: no pictures in this class ({', '.join(sorted(SUFFIXES))})")
         if not separate:
@@ -218,7 +261,34 @@ def list_folder(root, split):
             files = held if split == "test" else [f for f in files if f not in set(held)]
         paths += files
         labels += [label] * len(files)
-    return paths, labels, names
+    return paths, labels, [_printable(WORDS.get(name, name)) for name in folders]
+
+
+def _same(name):
+    """What two names have in common that a person would take for one: case, composed accents."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _printable(name):
+    """Names that are not in the file system's encoding can be opened but not printed as they are."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
+
+
+def _chosen(folders, classes, root):
+    """Those of the folders that --classes asks for, by their own name or the one in WORDS."""
+    path = Path(classes).expanduser()
+    listed = (path.read_text("utf-8-sig", "replace").splitlines()
+              if "," not in classes and path.is_file() else classes.split(","))
+    wanted = {_same(name.strip()): name.strip() for name in listed if name.strip()}
+    known = {_same(word): name for name in folders for word in (WORDS.get(name, name), name)}
+    for key, name in wanted.items():
+        if key not in known:
+            raise UserError(f"--classes: {root} has no class {name!r}, only {', '.join(folders[:5])}"
+                            + (f" and {len(folders) - 5} more" if len(folders) > 5 else ""))
+    if not wanted:
+        raise UserError(f"--classes {classes}: names no class")
+    chosen = {known[key] for key in wanted}
+    return [name for name in folders if name in chosen]
 
 
 def decode(path, size):
@@ -226,63 +296,86 @@ def decode(path, size):
 
     ADM's centre crop: halved with a box filter while twice too large, then bicubic, then cropped.
     Turned as its EXIF says; transparency over white; of an animation the first frame; 16-bit grey
-    is brought to 8 bits.
+    and floats are brought to 8 bits.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
-            image.draft("RGB", (2 * size, 2 * size))         # a JPEG can decode straight to a part
+    with Image.open(path, formats=FORMATS) as image:
+        image.draft("RGB", (2 * size, 2 * size))             # a JPEG can decode straight to a part
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too many")
+        image.load()
+        try:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                   # 16 bits and more
-                image = Image.fromarray((np.asarray(image, np.float32) / 257).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
+        except Exception:                                    # damaged EXIF beside a good picture
+            pass
+        if image.mode[0] in "IF":                            # 16 bits and more
+            values = np.nan_to_num(np.asarray(image, np.float32))
+            white = 65535 if image.mode[0] == "I" else 1 if values.max() <= 1 else 255
+            values = (values * (255 / white)).round().clip(0, 255)
+            image = Image.fromarray(values.astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    short = min(image.size)
+    if max(image.size) > 4 * short:                          # a thin one would grow beyond measure
+        image = _centre(image, min(image.width, 4 * short), min(image.height, 4 * short))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     image = image.resize((max(size, round(image.width * scale)),
                           max(size, round(image.height * scale))), Image.BICUBIC)
-    x, y = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((x, y, x + size, y + size))).transpose(2, 0, 1)
+    return np.asarray(_centre(image, size, size)).transpose(2, 0, 1)
 
 
-def _decode_folder(root, size, split, cache):
-    """Decode one split into `cache`; files that cannot be read are named and skipped."""
-    paths, labels, names = list_folder(root, split)
-    bad = []
+def _centre(image, width, height):
+    x, y = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((x, y, x + width, y + height))
+
+
+def _decode_folder(root, size, split, classes, folder):
+    """Decode one split into `folder`; files that cannot be read are named and skipped."""
+    paths, labels, names = list_folder(root, split, classes)
+    kept, bad = [], []
+
+    def one(path):
+        try:
+            return decode(path, size)
+        except Exception as error:                          # Pillow raises many kinds
+            return _printable(f"{path}: {type(error).__name__}: {error}")
+
+    def results(pool):
+        # a thousand at a time: a slow disk must not let decoded pictures pile up in memory
+        for start in range(0, len(paths), 1000):
+            yield from pool.map(one, paths[start:start + 1000])
 
     def write(temporary):
-        nonlocal labels
-        images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), 3, size, size))
-
-        def one(path):
-            try:
-                return decode(path, size)
-            except Exception as error:                      # Pillow raises many kinds
-                return f"{path}: {type(error).__name__}: {error}"
-        kept = []
-        with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
-            jobs = tqdm(pool.map(one, paths), total=len(paths), desc=f"decoding {split}")
-            for i, result in enumerate(jobs):
+        with open(temporary, "wb") as file, ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+            def header(count):                              # numpy leaves room for any count
+                file.seek(0)
+                np.lib.format.write_array_header_1_0(file, dict(
+                    descr="|u1", fortran_order=False, shape=(count, 3, size, size)))
+            header(len(paths))
+            jobs = tqdm(zip(labels, results(pool)), f"decoding {split}", len(paths))
+            for label, result in jobs:
                 if isinstance(result, str):
                     bad.append(result)
                     tqdm.write(f"skipped {result}")
+                    if len(bad) > 0.01 * len(paths):
+                        raise UserError(f"--data {root}: more than 1 % of the {len(paths)} pictures "
+                                        f"cannot be read, the first: {bad[0]}")
                 else:
-                    images[len(kept)] = result
-                    kept.append(labels[i])
-        if len(bad) > 0.01 * len(paths):
-            raise UserError(f"--data {root}: {len(bad)} of {len(paths)} pictures cannot be read "
-                            f"(more than 1 %), the first: {bad[0]}")
-        images.flush()
-        if bad:                                             # close the gaps at the end
-            np.save(temporary + ".npy", images[:len(kept)])
-            os.replace(temporary + ".npy", temporary)
-            print(f"skipped {len(bad)} of {len(paths)} pictures that cannot be read")
-        labels = kept
-    config.atomic(cache / "images.npy", write)
-    config.atomic(cache / "labels.npy", lambda t: np.save(t, np.array(labels, np.int64)))
+                    file.write(result.tobytes())
+                    kept.append(label)
+            header(len(kept))
+        empty = sorted(set(labels) - set(kept))
+        if empty:
+            raise UserError(f"--data {root}: no picture of {names[empty[0]]} ({split}) can be read")
+    with warnings.catch_warnings():                         # here: in the threads it is not safe
+        warnings.simplefilter("ignore")                     # of odd EXIF, of many pixels ...
+        config.atomic(folder / "images.npy", write)
+    if bad:
+        print(f"skipped {len(bad)} of {len(paths)} pictures that cannot be read")
+    config.atomic(folder / "labels.npy", lambda t: np.save(t, np.array(kept, np.int64)))
 
 
 # ---------------------------------------------------------------- the feed
@@ -290,35 +383,43 @@ def _decode_folder(root, size, split, cache):
 SHAPES_SPLITS = {"train": (20_000, 0), "test": (2_000, 1)}         # pictures, seed
 
 
-def load_images(name, size, split="train", cache="out/data"):
+def load_images(name, size, split="train", cache="out/data", classes=""):
     """The pictures of a data set -> images uint8 (M, 3, size, size) memory-mapped, labels int64
     (M,), class names.
 
-    name: `shapes`, or a folder; size: side in pixels, pictures are centre-cropped to a square;
-    split: train or test.  Decoded once into `cache`; another size or a changed folder is decoded
-    anew, an interrupted decoding is never taken for whole.  Raises UserError.
+    name: `shapes`, a name of ARCHIVES (fetched at first), or a folder; size: side in pixels,
+    pictures are centre-cropped to a square; split: train or test; classes: only these, as in
+    `list_folder`.  Decoded once into `cache`; another size or a changed folder is decoded anew, an
+    interrupted decoding is never taken for whole.  Raises UserError.
     """
     if split not in SPLITS:
         raise ValueError(f"split is train or test, not {split!r}")
     if name == "shapes":
+        if classes:
+            raise UserError("--classes takes a part of a folder's classes; shapes is none")
         names, identity = list(SHAPE_NAMES), f"shapes {SHAPES_SPLITS[split]}"
         stem = "shapes"
     else:
-        paths, _, names = list_folder(name, split)
+        root = find_folder(str(name))
+        paths, _, names = list_folder(root, split, classes)
         stats = ((p, p.stat()) for p in paths)
         identity = "\n".join(f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats)
-        stem = Path(name).expanduser().resolve().name
-    key = hashlib.sha256(f"{VERSION} {identity} {size}".encode()).hexdigest()[:10]
-    folder = Path(cache) / f"{stem}-{size}-{split}-{key}"
-    if not (folder / "labels.npy").is_file():               # written last: its presence means whole
-        if name == "shapes":
-            images, labels, _ = shapes(SHAPES_SPLITS[split][0], size, SHAPES_SPLITS[split][1])
-            config.atomic(folder / "images.npy", lambda t: np.save(t, images.numpy()))
-            config.atomic(folder / "labels.npy", lambda t: np.save(t, labels.numpy()))
-        else:
-            _decode_folder(name, size, split, folder)
+        stem = _printable(root.resolve().name)
+    key = f"{VERSION} {identity} {size}".encode("utf-8", "surrogateescape")
+    folder = Path(cache) / f"{stem}-{size}-{split}-{hashlib.sha256(key).hexdigest()[:10]}"
+    whole = folder / "labels.npy"                           # written last
+    if not whole.is_file():
+        with alone(folder):                                 # one rank makes it, the others wait
+            if whole.is_file():
+                pass
+            elif name == "shapes":
+                images, labels, _ = shapes(SHAPES_SPLITS[split][0], size, SHAPES_SPLITS[split][1])
+                config.atomic(folder / "images.npy", lambda t: np.save(t, images.numpy()))
+                config.atomic(whole, lambda t: np.save(t, labels.numpy()))
+            else:
+                _decode_folder(root, size, split, classes, folder)
     images = np.load(folder / "images.npy", mmap_mode="r")
-    labels = torch.from_numpy(np.load(folder / "labels.npy"))
+    labels = torch.from_numpy(np.load(whole))
     return images, labels, names
 
 

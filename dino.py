@@ -4,7 +4,7 @@ DINOv3 (arXiv 2508.10104) is a plain pre-norm ViT with rotary positions, four re
 LayerScale.  SVG takes its patch tokens after the final norm as they are: they say *what* is where,
 so that a diffusion model finds the classes lying apart before it has learned anything.
 """
-import json, math, os, re
+import copy, json, math, os, re, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import config
-from config import UserError, require
+from config import UserError, field, require
+from data import shapes, to_float
+from fetch import HUB, cache, fetch
+from metrics import knn, linear_probe
 
 # Letters: B batch, H W image, h w its patches, N = h w, P = 1 + registers + N tokens,
 #          D width, A heads, d = D / A head width.
@@ -165,27 +168,10 @@ class PatchEmbed(nn.Module):
         return self.proj(self.stem(x)).flatten(2).transpose(1, 2)
 
 
-class DINOv3(nn.Module):
-    """The ViT. Parameter names are Meta's, so that their file loads without a translation."""
+class Encoder(nn.Module):
+    """What a frozen encoder offers besides forward and features: `patch` and `dim`, and these."""
 
-    def __init__(self, config):
-        super().__init__()
-        c = self.config = config
-        self.patch, self.dim, self.depth = c.patch, c.dim, c.depth
-        self.patch_embed = PatchEmbed(c)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, c.dim) * 0.02)
-        self.storage_tokens = nn.Parameter(torch.randn(1, c.registers, c.dim) * 0.02)
-        self.mask_token = nn.Parameter(torch.zeros(1, c.dim))     # for pretraining; not used here
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
-        self.norm = nn.LayerNorm(c.dim, eps=1e-5)
-        self.periods = rope_periods(c.dim // c.heads)     # no buffer: `.to()` must not cast it
-        self._rope = {}
-        self.frozen = False
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02 if c.dim > 192 else 0.05)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+    frozen = False
 
     def freeze(self):
         """For good: no gradient reaches a parameter, and a parent's `train()` does not wake it.
@@ -201,6 +187,28 @@ class DINOv3(nn.Module):
         mean = torch.tensor(self.config.mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(self.config.std, device=images.device).view(3, 1, 1)
         return ((images + 1) / 2 - mean) / std
+
+
+class DINOv3(Encoder):
+    """The ViT. Parameter names are Meta's, so that their file loads without a translation."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.patch, self.dim, self.depth = c.patch, c.dim, c.depth
+        self.patch_embed = PatchEmbed(c)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, c.dim) * 0.02)
+        self.storage_tokens = nn.Parameter(torch.randn(1, c.registers, c.dim) * 0.02)
+        self.mask_token = nn.Parameter(torch.zeros(1, c.dim))     # for pretraining; not used here
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.dim, eps=1e-5)
+        self.periods = rope_periods(c.dim // c.heads)     # no buffer: `.to()` must not cast it
+        self._rope = {}
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02 if c.dim > 192 else 0.05)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
 
     def forward(self, pixels):
         """Normalised pixels (B, 3, H, W), H and W any multiples of the patch
@@ -228,11 +236,72 @@ class DINOv3(nn.Module):
         return out
 
 
+@dataclass
+class TimmConfig:
+    """What a checkpoint keeps of an encoder from timm, besides its weights."""
+    timm: str                             # the model's name there
+    mean: tuple
+    std: tuple
+
+
+class TimmViT(Encoder):
+    """A ViT of the timm package with DINOv3's methods: MAE, SigLIP2, DINOv2 ... (Table 3).
+
+    name: as `timm.create_model` takes it; pretrained: fetch its weights (timm has a cache of its
+    own).  UserError when timm is missing, or the model, or its patch tokens.
+    """
+
+    def __init__(self, name, pretrained=True):
+        super().__init__()
+        try:
+            import timm
+            self.net = timm.create_model(name, pretrained, num_classes=0, dynamic_img_size=True)
+        except ImportError:
+            raise UserError(f"timm:{name} needs the package timm: pip install timm") from None
+        except TypeError:                         # not a ViT, or one of a single picture size
+            self.net = None
+        except Exception as error:                # unknown, no network, gated ...
+            raise UserError(f"timm:{name}: {str(error).partition(chr(10))[0]}") from None
+        if not hasattr(self.net, "num_prefix_tokens") or not hasattr(self.net, "patch_embed"):
+            raise UserError(f"timm:{name} has no patch tokens at every size; a plain ViT is wanted")
+        known = self.net.pretrained_cfg
+        self.config = TimmConfig(name, tuple(known["mean"]), tuple(known["std"]))
+        self.dim, self.own_patch = self.net.num_features, self.net.patch_embed.patch_size[0]
+        # DINOv2's patch of 14 pixels counts as 16, what the decoder's levels can make: it sees
+        # a picture of 256 pixels at 224
+        self.patch = 1 << (self.own_patch - 1).bit_length()
+
+    def shrink(self, pixels):
+        if self.patch == self.own_patch:
+            return pixels
+        H, W = (side // self.patch * self.own_patch for side in pixels.shape[-2:])
+        return F.interpolate(pixels, (H, W), mode="bicubic", antialias=True)
+
+    def forward(self, pixels):
+        """Normalised pixels (B, 3, H, W) -> patches (B, h*w, D), cls (B, D); the mean of the
+        patches stands for a class token where there is none (SigLIP)."""
+        x, first = self.net.forward_features(self.shrink(pixels)), self.net.num_prefix_tokens
+        return x[:, first:], x[:, 0] if first else x.mean(1)
+
+    def features(self, pixels):
+        """Normalised pixels (B, 3, H, W) -> one (B, h*w, D) a block, before the final norm."""
+        return self.net.forward_intermediates(
+            self.shrink(pixels), norm=False, output_fmt="NLC", intermediates_only=True)
+
+
 # ---------------------------------------------------------------- loading
 
 TINY = Path(__file__).with_name("weights") / "dino_tiny.pt"       # this project's own, embedded
 TIMM = dict(vits16="small", vits16plus="small_plus", vitb16="base", vitl16="large",
             vith16plus="huge_plus", vit7b16="7b")                 # the ungated copies on the hub
+SUMS = {                                  # model.safetensors, where known: bytes, sha256
+    "vits16": (86_362_376, "2a1ec16ae28ffa07bc0ead0241ee7df9fc26451fe6f9f839b7b3afa0a906b040"),
+    "vits16plus": (114_750_056, "423e7b4b1103de4100a5c19a436cc00f1a994d82835ed51623b209ccfd1e9615"),
+    "hf:vits16": (86_406_384, "4610ad75edef83e75afdebf162d148dc628045ea6cbb83d67d4708c709c4f91d"),
+    "hf:vits16plus": (114_794_096,
+                      "208146e499dace99e4c9376ddb8a26f77d64c31c46c4dc4b86ff8bc63b0235e2"),
+}
+LICENSE = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
 SAT = dict(mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))   # of SAT-493M, satellite images
 
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
@@ -313,10 +382,14 @@ def theirs(layout, name):
 def load_dino(source, device="cpu"):
     """-> frozen DINOv3 in float32.
 
-    source: "tiny" (embedded), a name of SIZES (looked for in $NOVAE_CACHE or ~/.cache/novae), or a
-    .pth, .pt, .bin or .safetensors file in Meta's, transformers', timm's or this project's layout.
+    source: "tiny" (embedded); a name of SIZES, from $NOVAE_CACHE or ~/.cache/novae or fetched there
+    (timm's copy, which needs no login; "hf:NAME" is Meta's own, which needs HF_TOKEN); a .pth, .pt,
+    .bin or .safetensors file in Meta's, transformers', timm's or this project's layout; or
+    "timm:NAME", another encoder, a TimmViT.
     Strict: UserError names every tensor that is missing, left over, misshapen or not finite.
     """
+    if str(source).startswith("timm:"):
+        return TimmViT(str(source).removeprefix("timm:")).freeze().to(device)
     path = find_weights(source)
     read = read_safetensors if path.suffix == ".safetensors" else config.load
     checkpoint = read(path)
@@ -337,11 +410,13 @@ def load_dino(source, device="cpu"):
             raise UserError(f"{path}: no DINOv3 encoder in Meta's, transformers' or timm's layout; "
                             f"it has {len(tensors)} tensors: {', '.join([*tensors][:3])} ...")
         c = infer_config(tensors, layout, path)
-    if str(source) in SIZES:
-        want = SIZES[str(source)]
+    name = str(source).removeprefix("hf:")
+    if name in SIZES:                             # a file in the cache may bear the wrong name
+        want = SIZES[name]
         if (c.dim, c.depth, c.swiglu) != (want.dim, want.depth, want.swiglu):
-            raise UserError(f"{path}: is no {source}: width {c.dim}, {c.depth} blocks")
+            raise UserError(f"{path}: is no {name}: width {c.dim}, {c.depth} blocks")
 
+    # The file's tensors become the parameters themselves, so the model needs no memory of its own.
     with torch.device("meta"):                    # shapes only: no memory, no random numbers
         model = DINOv3(c)
     state = translate(tensors, layout, model, path)
@@ -354,27 +429,53 @@ def load_dino(source, device="cpu"):
     return model.freeze().to(device)
 
 
+def rebuild(saved):
+    """An encoder of a checkpoint, without its weights; saved: `vars(encoder.config)`."""
+    if "timm" in saved:
+        return TimmViT(saved["timm"], pretrained=False)
+    return DINOv3(ViTConfig(**saved))
+
+
 def find_weights(source):
-    """"tiny", a name of SIZES or a path -> an existing file; UserError says where to get it."""
+    """"tiny", a name of SIZES, "hf:" and such a name, or a path -> an existing file, fetched when
+    there is none; UserError says what to do instead."""
     source = str(source)
-    if source in SIZES:
-        folder = Path(os.environ.get("NOVAE_CACHE") or "~/.cache/novae").expanduser()
-        pattern = rf"(dinov3_)?{source}([-_.].*)?\.(pth|pt|bin|safetensors)"
-        for path in sorted(folder.glob("*")):
-            if re.fullmatch(pattern, path.name):
-                return path
-        where = (f"https://huggingface.co/timm/vit_{TIMM[source]}_patch16_dinov3.lvd1689m, no login"
-                 if source in TIMM else "Meta, ai.meta.com/resources/models-and-libraries/dinov3-"
-                 "downloads, on request")
-        raise UserError(f"{source}: no weights in {folder}; get them from {where}, and give the "
-                        f"file's path, or put it there as {source}.safetensors (or .pth); the "
-                        "embedded encoder 'tiny' needs no download")
+    name = source.removeprefix("hf:")
+    if name in SIZES:
+        if name == source:
+            pattern = rf"(dinov3_)?{name}([-_.].*)?\.(pth|pt|bin|safetensors)"
+            # as Meta calls it, or just the name: `vits16` must not find `vits16plus`; lvd comes
+            # before sat
+            for path in sorted(cache().glob("*")):
+                if re.fullmatch(pattern, path.name):
+                    return path
+        return fetch_weights(source)
     path = TINY if source == "tiny" else Path(source).expanduser()
     if not path.is_file():
         raise UserError(f"{path}: no such file" + (
             "; `python dino.py` makes it" if path == TINY else
             f", and no model name either (tiny, {', '.join(SIZES)})"))
     return path
+
+
+def fetch_weights(source):
+    """A name of SIZES, or "hf:" and such a name -> its file in the cache, from the hub."""
+    name = source.removeprefix("hf:")
+    if name not in TIMM:
+        raise UserError(f"{source}: no weights in {cache()}; Meta gives them on request "
+                        "(ai.meta.com/resources/models-and-libraries/dinov3-downloads); put the "
+                        f"file there as {name}.pth, or give its path")
+    repository, path = f"timm/vit_{TIMM[name]}_patch16_dinov3.lvd1689m", f"{name}.safetensors"
+    if source != name:
+        repository, path = f"facebook/dinov3-{name}-pretrain-lvd1689m", f"{name}-hf.safetensors"
+    if not (cache() / path).exists():
+        print(f"{name}: these weights are under the DINOv3 License, {LICENSE}")
+    size, sha256 = SUMS.get(source, (None, None))
+    try:
+        return fetch(f"{HUB}/{repository}/resolve/main/model.safetensors", cache() / path,
+                     sha256=sha256, size=size, token=os.environ.get("HF_TOKEN"))
+    except UserError as error:
+        raise UserError(f"{error}; the embedded encoder 'tiny' needs no download") from None
 
 
 def unwrap(checkpoint):
@@ -438,6 +539,7 @@ def translate(tensors, layout, model, path):
         left[token] = left[token][0]
 
     def take(key, shape):
+        """One tensor of the file, as float32; or None, and one complaint more."""
         value = left.pop(key, None)
         if value is None:
             wrong.append(f"{key} is missing")
@@ -454,6 +556,7 @@ def translate(tensors, layout, model, path):
         key, is_bias, parts = theirs(layout, name), name.endswith("qkv.bias"), []
         letters = "qkv" if "{}" in key else "-"
         shape = torch.Size([len(want) // len(letters), *want.shape[1:]])
+        # Only these may be absent: the mask token, k's bias, and in timm's layout every bias.
         for letter in letters:
             part = key.format(letter)
             spare = name == "mask_token" or is_bias and (
@@ -471,4 +574,213 @@ def translate(tensors, layout, model, path):
     return state
 
 
-# ---- pretraining
+# ---------------------------------------------------------------- pretraining the tiny encoder
+
+
+@dataclass
+class Config:
+    """Self-supervised pretraining of the tiny encoder; labels are used to measure, never to learn."""
+    preset: str = field("tiny", "a named set of the options below")
+    out: str = field("", "folder of dino_tiny.pt; weights/ for the preset tiny if empty")
+    size: int = field(32, "side of a picture in pixels; a multiple of the patch")
+    patch: int = field(8, "side of a patch in pixels")
+    dim: int = field(96, "width; heads are 32 wide")
+    depth: int = field(4, "blocks")
+    stem: int = field(32, "width of the convolutional stem; 0: a linear patch map")
+    # ---- EDIT HERE for ablations: what makes two views the same ----
+    images: int = field(100_000, "pictures of `shapes` to learn from, none of the other stages' own")
+    temperature: float = field(0.2, "of the contrastive loss")
+    turn: float = field(0.3, "greatest rotation of a view, in radians")
+    zoom: float = field(0.2, "greatest change of scale of a view")
+    # ----------------------------------------------------------------
+    steps: int = field(2400, "optimiser steps")
+    batch: int = field(256, "pictures a step, two views each")
+    lr: float = field(2e-3, "learning rate")
+    warmup: int = field(200, "steps of linear warm-up")
+    decay: bool = field(True, "cosine decay of the learning rate to zero")
+    ema: float = field(0.995, "decay of the averaged weights, which are the ones that ship")
+    seed: int = field(0, "all randomness is a function of (seed, step)")
+    device: str = field("auto", "cuda, cpu, ...; auto takes a GPU when there is one")
+    save_every: int = field(200, "steps between checkpoints")
+    overwrite: bool = field(False, "train anew over a finished file")
+
+    def check(self):
+        """Impossible values end here."""
+        config.check_shared(self)
+        self.out = str(TINY.parent) if self.out == "out/tiny" else self.out
+        for name, least in (("batch", 2), ("dim", 32), ("depth", 1), ("images", 2)):
+            require(getattr(self, name) >= least, f"--{name} must be at least {least}")
+        require(self.dim % 32 == 0, "--dim must be a multiple of 32")
+        require(self.patch in (4, 8, 16), "--patch must be 4, 8 or 16")
+        require(self.size % self.patch == 0 and self.size > 0,
+                       "--size must be a multiple of --patch")
+        require(self.temperature > 0, "--temperature must be positive")
+
+
+PRESETS = {
+    "tiny": dict(),
+    "debug": dict(images=1000, dim=32, depth=1, stem=8, steps=20, batch=32, warmup=5, save_every=10),
+}
+
+
+def views(x, c, g):
+    """One random view of each picture: x (B, 3, S, S) in [-1, 1] -> the same shape, roughly so.
+
+    Moved, turned, zoomed, mirrored; its colours rotated in RGB space (which can invert and, one
+    time in five, grey them), a gradient, a faint grating and noise laid over.  What survives all
+    that is the shape: it is what the encoder comes to know.
+    """
+    B, S = len(x), x.shape[-1]
+
+    def uniform(*shape, low=0.0, high=1.0):
+        return (torch.rand(B, *shape, generator=g) * (high - low) + low).to(x.device)
+
+    turn, zoom = uniform(low=-c.turn, high=c.turn), 1 + uniform(low=-c.zoom, high=c.zoom / 2)
+    aspect = uniform(low=-0.1, high=0.1).exp()
+    mirror = torch.where(uniform() < 0.5, -1.0, 1.0)
+    move = uniform(2, low=-1, high=1) * ((1 - zoom).abs() + 0.1)[:, None]
+    theta = torch.stack([
+        torch.stack([turn.cos() * zoom * aspect * mirror, -turn.sin() * zoom, move[:, 0]], -1),
+        torch.stack([turn.sin() * zoom * mirror, turn.cos() * zoom / aspect, move[:, 1]], -1)], 1)
+    x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False),
+                      padding_mode="reflection", align_corners=False)
+
+    mean = x.mean((2, 3), keepdim=True)
+    rotation = torch.linalg.qr(torch.randn(B, 3, 3, generator=g))[0].to(x.device)
+    mixed = torch.einsum("bij,bjhw->bihw", rotation, x - mean)
+    mixed = mixed * uniform(1, 1, 1, low=-0.4, high=0.5).exp()
+    grey = 1.5 * mixed.mean(1, keepdim=True).expand_as(mixed)
+    x = torch.where(uniform(1, 1, 1) < 0.2, grey, mixed) + uniform(3, 1, 1, low=-0.5, high=0.5)
+
+    axis = torch.linspace(-1, 1, S, device=x.device)
+
+    def along(direction):                                     # a ramp across the picture, (B, S, S)
+        return (direction.cos()[:, None, None] * axis
+                + direction.sin()[:, None, None] * axis[:, None])
+    pitch, phase = uniform(1, 1, low=3, high=14), uniform(1, 1, high=2 * math.pi)
+    grating = (along(uniform(high=math.pi)) * pitch + phase).sin()
+    x = x + uniform(1, 1, 1, high=0.08) * uniform(3, 1, 1) * grating[:, None]
+    ramp = along(uniform(high=2 * math.pi))
+    x = x + uniform(3, 1, 1, low=-0.15, high=0.15) * ramp[:, None]
+    return x + uniform(1, 1, 1, high=0.04) * torch.randn(x.shape, generator=g).to(x.device)
+
+
+class Student(nn.Module):
+    """The encoder with two projection heads that are thrown away afterwards: one reads the class
+    token, one the mean patch token, so that both come to hold the picture's meaning."""
+
+    def __init__(self, c, width=512, out=128):
+        super().__init__()
+        self.net = DINOv3(ViTConfig(
+            dim=c.dim, depth=c.depth, heads=c.dim // 32, hidden=4 * c.dim, patch=c.patch,
+            registers=2, stem=c.stem, mean=(0.5,) * 3, std=(0.5,) * 3))
+        self.heads = nn.ModuleList(nn.Sequential(
+            nn.Linear(c.dim, width), nn.BatchNorm1d(width), nn.GELU(),
+            nn.Linear(width, width), nn.BatchNorm1d(width), nn.GELU(),
+            nn.Linear(width, out)) for _ in range(2))
+
+    def forward(self, x):
+        """[-1, 1] (B, 3, S, S) -> two embeddings (B, out) of unit length"""
+        patches, cls = self.net(self.net.normalize(x))
+        return [F.normalize(head(z).float(), dim=1)
+                for head, z in zip(self.heads, (cls, patches.mean(1)))]
+
+
+def contrastive_loss(z, temperature):
+    """NT-Xent (SimCLR, arXiv 2002.05709, eq. 1): z (2B, d), rows i and i + B are two views of one
+    picture; each must find the other among all 2B - 1."""
+    similar = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
+    return F.cross_entropy(similar, torch.arange(len(z), device=z.device).roll(len(z) // 2))
+
+
+@torch.no_grad()
+def measure(net, size, references=5000, held_out=2000):
+    """kNN and linear probe (labels used only here) -> dict of accuracies on held-out shapes."""
+    def embed(images):
+        parts = [net(net.normalize(to_float(images, slice(i, i + 500), None, net.norm.weight.device)))
+                 for i in range(0, len(images), 500)]
+        return torch.cat([p.mean(1) for p, _ in parts]), torch.cat([c for _, c in parts])
+    x, y, _ = shapes(references, size, seed=4)
+    xt, yt, _ = shapes(held_out, size, seed=5)
+    (patch, cls), (patch_t, cls_t) = embed(x.numpy()), embed(xt.numpy())
+    flat, flat_t = x.flatten(1).float(), xt.flatten(1).float()
+    return dict(knn=knn(patch, y, patch_t, yt), knn_cls=knn(cls, y, cls_t, yt),
+                linear=linear_probe(patch, y, patch_t, yt), knn_pixels=knn(flat, y, flat_t, yt))
+
+
+def train(c):
+    """Run or continue the pretraining; writes dino_tiny.pt, half precision."""
+    device, autocast = config.setup(c.device)
+    path = Path(c.out) / "dino_tiny.pt"
+    state_path = Path(c.out) / "dino_tiny.train.pt"             # removed at the end
+    checkpoint = config.resume(state_path, "dino_train", c, "python dino.py")
+    if checkpoint is None and path.is_file() and not c.overwrite:
+        print(f"{path}: finished; --overwrite trains it anew")
+        return
+    torch.manual_seed(c.seed)
+    student = Student(c).to(device).train()
+    ema = copy.deepcopy(student.net).requires_grad_(False).eval()
+    decayed = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.04),
+                                   dict(params=others, weight_decay=0.0)],
+                                  c.lr, (0.9, 0.95), fused=True)
+    start, minutes = 0, 0.0
+    if checkpoint:
+        start, minutes = checkpoint["step"], checkpoint["minutes"]
+        student.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    images = shapes(c.images, c.size, seed=3)[0].numpy()
+    print(f"pretraining on {config.describe(device)}: {c.images:,} unlabelled pictures; encoder "
+          f"{sum(p.numel() for p in ema.parameters()) / 1e6:.2f} M; {c.steps} steps of {c.batch}")
+    began = time.time()
+    with config.Stop() as stop:
+        bar = config.progress(start, c.steps, "dino")
+        for step in bar:
+            g = config.generator(c.seed, step)
+            index = torch.randint(len(images), (c.batch,), generator=g)
+            x = to_float(images, index, None, device)
+            pair = torch.cat([views(x, c, g), views(x, c, g)])
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(c, step)
+            with autocast():
+                embeddings = student(pair)
+            loss = sum(contrastive_loss(z, c.temperature) for z in embeddings)
+            if not torch.isfinite(loss):
+                raise UserError(f"the loss is {loss.item()} at step {step}; try a smaller --lr")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(student.parameters(), 3.0)
+            optimizer.step()
+            with torch.no_grad():
+                weight = max(1 - c.ema, 1 / (step + 10))
+                torch._foreach_lerp_(list(ema.parameters()), list(student.net.parameters()), weight)
+            if step % 50 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+            if stop.asked or (step + 1) % c.save_every == 0 or step + 1 == c.steps:
+                config.save(state_path, dict(
+                    kind="dino_train", version=config.VERSION, config=config.plain(c),
+                    step=step + 1, minutes=minutes + (time.time() - began) / 60,
+                    model=student.state_dict(), ema=ema.state_dict(),
+                    optimizer=optimizer.state_dict()))
+                if stop.asked and step + 1 < c.steps:
+                    config.stopped(state_path, step + 1)
+    minutes += (time.time() - began) / 60
+    config.save(path, dict(
+        kind="dino", version=config.VERSION, config=vars(ema.config), pretraining=config.plain(c),
+        minutes=minutes, model={k: v.half() for k, v in ema.state_dict().items()}))
+    state_path.unlink(missing_ok=True)
+    print(f"wrote {path}: {path.stat().st_size / 1e6:.2f} MB\nminutes: {minutes:.1f}")
+    for name, value in measure(load_dino(path, device), c.size).items():
+        print(f"{name}: {value:.4f}")
+
+
+def main(argv=None):
+    """The command line."""
+    train(config.parse(Config, PRESETS, argv))
+
+
+if __name__ == "__main__":
+    with config.one_line_errors():
+        main()

@@ -296,19 +296,19 @@ def train(c):
                 bins[1].index_add_(0, quarter, torch.ones_like(losses))
             if step + 1 < c.steps:
                 following = batch(step + 1)                        # while the device still works
-            last = step + 1 == c.steps
-            if (step + 1) % 100 == 0 or last:                # waits for the device only here
+            last, saving = step + 1 == c.steps, (step + 1) % c.save_every == 0 or stop.asked
+            if (step + 1) % 100 == 0 or saving or last:      # waits for the device only here
                 if not (torch.isfinite(bins).all() and torch.isfinite(norm)):
-                    raise UserError(f"the loss is not finite at step {step}; {path} holds the last "
-                                    "good state, if any; try a smaller --lr")
+                    raise UserError(f"the loss is not finite at step {step}; {path}, if there, is "
+                                    "the last good state; try a smaller --lr")
                 mean = bins[0].sum() / bins[1].sum()
                 shown = " ".join(f"{v:.3f}" for v in (bins[0] / bins[1].clamp(min=1)).tolist())
                 bar.set_postfix_str(f"loss {mean:.4f}, by quarter of t: {shown}")
                 result = mean.item(), shown
                 bins.zero_()
-            if (step + 1) % c.preview_every == 0 or last:
+            if ((step + 1) % c.preview_every == 0 or last) and config.rank() == 0:
                 preview(c, ema, ae, device, autocast)
-            if stop.asked or (step + 1) % c.save_every == 0 or last:
+            if saving or last:
                 save(step + 1)
                 if stop.asked and not last:
                     config.stopped(path, step + 1)
@@ -325,7 +325,8 @@ def announce(c, device, model, ae, pictures):
           f"{ae.latent_dim} channels ({ae.latent}), {len(ae.classes)} classes")
     print(f"DiT {c.size}: width {c.dim}, depth {c.depth}, {c.heads} heads, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; {c.steps} steps of "
-          f"{c.batch}; flags: " + (" ".join(f"--{k} {getattr(c, k)}" for k in c.said) or "the preset's"))
+          f"{c.batch}; flags: "
+          + (" ".join(f"--{k} {getattr(c, k)}" for k in c.said) or "the preset's"))
     if c.dim <= ae.latent_dim:
         # RAE (arXiv 2510.11690, section 4.1): below that width even one picture is not learned
         print(f"warning: width {c.dim} is not above the latent's {ae.latent_dim} channels; "
