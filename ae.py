@@ -60,7 +60,7 @@ class Config:
     perceptual: float = field(0.5, "weight of the perceptual loss, in the encoder's own features")
     gan: float = field(0.0, "weight of the PatchGAN loss (paper: 0.5)")
     gan_start: int = field(2500, "batches before the discriminator joins (paper: 2,501)")
-    steps: int = field(2400, "optimiser steps")
+    steps: int = field(1500, "optimiser steps")
     batch: int = field(32, "pictures a step, over all ranks together (paper: 512)")
     lr: float = field(1.5e-3, "learning rate (paper: 1e-4)")
     warmup: int = field(100, "steps of linear warm-up (paper: 0)")

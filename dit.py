@@ -45,8 +45,8 @@ class Config:
     sample_shift: float = field(2.5, "time shift that sampling uses by default (code: 6.67)")
     drop: float = field(0.1, "share of labels replaced by 'no class', for guidance (paper: 0.1)")
     # -------------------------------------------
-    steps: int = field(4000, "optimiser steps")
-    batch: int = field(128, "latents a step, over all ranks together (paper: 256)")
+    steps: int = field(3500, "optimiser steps")
+    batch: int = field(64, "latents a step, over all ranks together (paper: 256)")
     lr: float = field(2e-3, "learning rate (paper: 1e-4)")
     warmup: int = field(200, "steps of linear warm-up (paper: 0)")
     decay: bool = field(True, "cosine decay of the learning rate to zero (paper: no)")
