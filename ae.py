@@ -12,7 +12,7 @@ the concatenation back into pixels (SVG, arXiv 2510.15301, section 3.2 and Figur
 Writes out/<preset>/ae.pt (self-describing), latents.npy (every training picture's latent, plain
 and flipped), labels.npy, and reconstructions.png (each picture beside its reconstruction).
 """
-import json, time
+import json, math, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,9 @@ from PIL import Image
 import config
 from config import Stop, UserError, check_shared, field, require
 from data import load_images, to_float
-from dino import DINOv3, ViTConfig, load_dino
+from dino import DINOv3, ViTConfig, load_dino, rebuild
 from metrics import psnr, ssim
+from perceptual import load_lpips
 
 # Letters: B batch, S picture side, h w the latent grid, N = h w tokens,
 #          D channels of DINO, R of the residual, C of the latent (D + R).
@@ -39,10 +40,13 @@ class Config:
     """Stage 1."""
     preset: str = field("shapes", "a named set of the options below")
     out: str = field("", "folder for everything that is written; out/<preset> if empty")
-    data: str = field("shapes", "shapes, or a folder with one sub-folder of pictures a class")
+    data: str = field("shapes", "shapes, imagenette, imagewoof, or a folder with one a class")
+    classes: str = field("", "only these classes: names with commas between, or a file of names")
     images: int = field(0, "learn from the first N pictures only; 0: all")
     size: int = field(32, "side of a picture in pixels; a multiple of the encoder's patch")
-    encoder: str = field("tiny", "tiny (embedded), a DINOv3 name such as vits16plus, or a file")
+    crop: str = field("centre", "which square of a picture trains (code: random; measuring and "
+                      "stage 2 see the centre)", ("centre", "random"))
+    encoder: str = field("tiny", "tiny (embedded), a DINOv3 name such as vits16plus, timm:NAME, or a file")
     # ---- EDIT HERE for ablations: what the latent is made of ----
     latent: str = field("svg", "svg; dino: no residual; unaligned: residual not matched; vae: a "
                         "KL-VAE of the same networks", ("svg", "dino", "unaligned", "vae"))
@@ -57,7 +61,9 @@ class Config:
     res_blocks: int = field(1, "residual blocks a level, and one more (paper: 2)")
     vae_dim: int = field(16, "channels of the VAE's latent (--latent vae only)")
     kl: float = field(1e-4, "weight of the mean KL divergence a latent value (--latent vae only)")
-    perceptual: float = field(0.5, "weight of the perceptual loss, in the encoder's own features")
+    perceptual: float = field(0.5, "weight of the perceptual loss (paper: 1)")
+    perceptual_net: str = field("encoder", "whose features it compares: the frozen encoder's own, "
+                                "or LPIPS on VGG16 (paper: lpips)", ("encoder", "lpips"))
     gan: float = field(0.0, "weight of the PatchGAN loss (paper: 0.5)")
     gan_start: int = field(2500, "batches before the discriminator joins (paper: 2,501)")
     steps: int = field(1500, "optimiser steps")
@@ -67,6 +73,10 @@ class Config:
     decay: bool = field(True, "cosine decay of the learning rate to zero (paper: no)")
     beta1: float = field(0.9, "Adam's beta 1 (paper: 0.5)")
     beta2: float = field(0.99, "Adam's beta 2 (paper: 0.9)")
+    clip: float = field(1.0, "greatest norm of the gradient; 0: no clipping (paper: 0)")
+    ema: float = field(0.0, "decay of averaged weights that replace the last; 0: none (paper: 0)")
+    cache: str = field("auto", "write the latents to disk; auto: if they fill at most half of it; "
+                       "no: stage 2 encodes as it goes", ("auto", "yes", "no"))
     seed: int = field(0, "all randomness is a function of (seed, step)")
     device: str = field("auto", "cuda, cpu, ...; auto takes a GPU when there is one")
     save_every: int = field(300, "steps between checkpoints")
@@ -84,7 +94,8 @@ class Config:
         require(all(m.strip().isdigit() and int(m) > 0 for m in self.mult.split(",")),
                 "--mult must be whole numbers with commas between, such as 1,2,4,4")
         require(self.enc_dim % 32 == 0 and self.enc_dim > 0, "--enc_dim must be a multiple of 32")
-        for name in ("perceptual", "gan", "kl"):
+        require(0 <= self.ema < 1, "--ema must be in [0, 1)")
+        for name in ("perceptual", "gan", "kl", "clip"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
 
 
@@ -92,6 +103,12 @@ PRESETS = {
     "shapes": dict(),
     "debug": dict(images=1000, steps=20, batch=16, ch=16, enc_dim=32, enc_depth=1, enc_stem=8,
                   warmup=5, save_every=10),
+    # The paper's sizes and optimiser at 256 px, on 9,469 pictures. Not trained here: no weights.
+    "imagenette": dict(data="imagenette", size=256, crop="random", encoder="vits16plus",
+                       residual_dim=8, enc_dim=384, enc_depth=6, enc_stem=0, ch=128,
+                       mult="1,1,2,2,4", res_blocks=2, perceptual=1.0, perceptual_net="lpips",
+                       gan=0.5, gan_start=2501, steps=20000, batch=32, lr=1e-4, warmup=0,
+                       decay=False, beta1=0.5, beta2=0.9, clip=0.0, save_every=1000),
 }
 
 # ---------------------------------------------------------------- the residual and its matching
@@ -342,11 +359,11 @@ def adaptive_weight(nll, g, last_layer, bound):
 
 def build(saved, vit):
     """A fresh AutoEncoder from a checkpoint's `config` and `vit` dicts."""
-    return AutoEncoder(Config(**saved), DINOv3(ViTConfig(**vit)))
+    return AutoEncoder(Config(**saved), rebuild(vit))
 
 
 def load_ae(path, device="cpu", unfinished=False):
-    """ae.pt -> AutoEncoder in eval mode, with `classes`, `fingerprint` and `dataset` as attributes.
+    """ae.pt -> AutoEncoder in eval mode; what it was trained on, and `fingerprint`, as attributes.
 
     Raises UserError when the file is missing, corrupt, of another kind or version, or unfinished.
     """
@@ -358,7 +375,9 @@ def load_ae(path, device="cpu", unfinished=False):
     model.load_state_dict(checkpoint["model"])                     # strict
     model.classes = checkpoint["classes"]
     model.fingerprint = checkpoint["fingerprint"]
-    model.dataset = checkpoint["config"]["data"]
+    saved = checkpoint["config"]
+    model.dataset, model.images = saved["data"], saved.get("images", 0)
+    model.subset = saved.get("classes", "")
     return model.to(device).eval().requires_grad_(False)
 
 # ---------------------------------------------------------------- train
@@ -370,9 +389,12 @@ def train(c):
     path = Path(c.out) / "ae.pt"
     checkpoint = config.resume(path, "ae", c, "python ae.py")
     done = checkpoint is not None and checkpoint["step"] >= c.steps
-    images, labels, classes = load_images(c.data, c.size, "train")
+    images, labels, classes = load_images(c.data, c.size, "train", classes=c.classes)
+    source = images                                      # random crops come from larger squares
+    if c.crop == "random":
+        source, _, _ = load_images(c.data, c.size * 9 // 8, "train", classes=c.classes)
     if c.images:
-        images, labels = images[:c.images], labels[:c.images]
+        images, labels, source = images[:c.images], labels[:c.images], source[:c.images]
     torch.manual_seed(c.seed)
     if checkpoint:
         model = build(checkpoint["config"], checkpoint["vit"])
@@ -385,11 +407,16 @@ def train(c):
     if c.gan:
         critic = PatchGAN(size=c.size).to(device).train()
         critic_optimizer = torch.optim.Adam(critic.parameters(), c.lr, (0.5, 0.9))
+    # built last, for it draws random numbers that it throws away
+    lpips = load_lpips(device) if c.perceptual and c.perceptual_net == "lpips" else None
+    average = [p.detach().clone() for p in trained] if c.ema else []
     start = 0
     if checkpoint:
         start = checkpoint["step"]
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for mine, saved in zip(average, checkpoint["ema"]):
+            mine.copy_(saved)
         if c.gan:
             critic.load_state_dict(checkpoint["critic"])
             critic_optimizer.load_state_dict(checkpoint["critic_optimizer"])
@@ -403,7 +430,7 @@ def train(c):
                 kind="ae", version=config.VERSION, config=config.plain(c),
                 vit=vars(model.dino.config), classes=list(classes), step=step,
                 fingerprint=fingerprint,
-                model=model.state_dict(), optimizer=optimizer.state_dict(),
+                model=model.state_dict(), ema=average, optimizer=optimizer.state_dict(),
                 critic=critic.state_dict() if c.gan else None,
                 critic_optimizer=critic_optimizer.state_dict() if c.gan else None))
 
@@ -416,13 +443,17 @@ def train(c):
             index = torch.randint(len(images), (c.batch,), generator=g)
             flip = torch.rand(c.batch, generator=g) < 0.5
             mine = slice(config.rank(), None, config.world())
-            x = to_float(images, index[mine], flip[mine], device)              # (B, 3, S, S)
+            part = index[mine] if c.crop == "centre" else slice(None)
+            squares = images if c.crop == "centre" else random_crops(source, index[mine], c.size, g)
+            x = to_float(squares, part, flip[mine], device)                    # (B, 3, S, S)
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(c, step)
 
             with autocast():
                 y, kl = model(x, g)
-                perceptual = perceptual_loss(model.dino, y, x) if c.perceptual else y.new_zeros(())
+                perceptual = y.new_zeros(())
+                if c.perceptual:
+                    perceptual = lpips(y, x).mean() if lpips else perceptual_loss(model.dino, y, x)
             # ---- EDIT HERE for ablations: the loss ----
             l1 = (y - x).abs().mean()
             nll = l1 + c.perceptual * perceptual
@@ -439,8 +470,12 @@ def train(c):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             config.average([p.grad for p in trained if p.grad is not None])
-            nn.utils.clip_grad_norm_(trained, 1.0)
+            nn.utils.clip_grad_norm_(trained, c.clip or float("inf"))
             optimizer.step()
+            if average:
+                with torch.no_grad():
+                    weight = 1 - min(c.ema, (1 + step) / (10 + step))
+                    torch._foreach_lerp_(average, trained, weight)
             if fool:
                 with autocast():
                     real, fake = critic(x).float(), critic(y.detach()).float()
@@ -460,11 +495,21 @@ def train(c):
                 save(step + 1)
                 if stop.asked:
                     config.stopped(path, step + 1)
+    for p, mean in zip(trained, average):
+        p.data.copy_(mean)
     measure_statistics(model.eval(), images, autocast, device)
     model.fingerprint = config.fingerprint(model.state_dict())
     save(c.steps, model.fingerprint)
     print(f"seconds: {time.time() - began:.0f}")
     return finish(c, model, images, labels, autocast, device)
+
+
+def random_crops(images, index, size, generator):
+    """uint8 images (M, 3, L, L), L > size: a random square (B, 3, size, size) of each row."""
+    most = images.shape[-1] - size + 1
+    corner = torch.randint(most, (len(index), 2), generator=generator).tolist()
+    return np.stack([images[i, :, y:y + size, x:x + size]
+                     for i, (y, x) in zip(index.tolist(), corner)])
 
 
 def announce(c, device, model, pictures, classes):
@@ -504,9 +549,18 @@ def finish(c, model, images, labels, autocast, device):
     note = out / "latents.json"
     if not (note.is_file() and json.loads(note.read_text())["ae"] == model.fingerprint):
         note.unlink(missing_ok=True)                     # from here on the cache counts as absent
-        write_latents(model, images, labels, autocast, device, out)
-        config.atomic(note, lambda t: Path(t).write_text(json.dumps(dict(ae=model.fingerprint))))
-    held, _, _ = load_images(c.data, c.size, "test")
+        side = model.image_size // model.patch
+        shape = (2, len(images), model.latent_dim, side, side)
+        size, free = 2 * math.prod(shape), shutil.disk_usage(out).free
+        print(f"latents: {size / 1e9:.2f} GB; free on the disk of {out}: {free / 1e9:.1f} GB")
+        cached = c.cache == "yes" or c.cache == "auto" and 2 * size < free
+        if cached:
+            write_latents(model, shape, images, labels, autocast, device, out)
+        else:
+            print("not written: stage 2 will encode as it goes")
+        text = json.dumps(dict(ae=model.fingerprint, cached=cached))
+        config.atomic(note, lambda t: Path(t).write_text(text))
+    held, _, _ = load_images(c.data, c.size, "test", classes=c.classes)
     x = to_float(held, slice(0, 2000), None, device)
     with autocast():
         y = torch.cat([model.decode(model.encode(part)) for part in x.split(250)])
@@ -519,13 +573,8 @@ def finish(c, model, images, labels, autocast, device):
 
 
 @torch.no_grad()
-def write_latents(model, images, labels, autocast, device, out):
-    """latents.npy float16 (2, M, C, h, w): every picture as it is, and flipped."""
-    side = model.image_size // model.patch
-    shape = (2, len(images), model.latent_dim, side, side)
-    bytes_ = 2 * np.prod(shape, dtype=np.int64)
-    print(f"writing {out / 'latents.npy'}: {bytes_ / 1e9:.2f} GB")
-
+def write_latents(model, shape, images, labels, autocast, device, out):
+    """latents.npy float16 (2, M, C, h, w): every picture as it is, and flipped; labels.npy."""
     def write(path):
         cache = np.lib.format.open_memmap(path, "w+", np.float16, shape)
         for flipped in (0, 1):

@@ -211,9 +211,9 @@ def wrong_kind(head):
     if not head:
         return "the file is empty"
     if head.startswith(b"version https://git-lfs"):
-        return "a Git-LFS pointer, not the weights; run `git lfs pull` or download the file itself"
+        return "a Git-LFS pointer, not the file itself; run `git lfs pull` or download it"
     if head.lstrip()[:1] == b"<":
-        return "an HTML page, not the weights (a login page?); download the file itself"
+        return "an HTML page, not the file itself (a login page?)"
     return None
 
 

@@ -1,11 +1,11 @@
-"""Images in: the procedural `shapes` set, or any folder of pictures, as uint8 arrays.
+"""Images in: the procedural `shapes` set, Imagenette, any folder of pictures, as uint8 arrays.
 
 `shapes` is ten classes of small pictures drawn from signed distance functions. The class is the
 shape; colours, gradients, textures, place, size, rotation, stray lines and noise are nuisances, and
 they dominate the pixels: a nearest neighbour on raw pixels is right about one time in four.
 It needs no download, is a function of its seed, and renders at any size.
 
-    python data.py                        # draws a page of examples to out/shapes/data.png
+    python data.py                        # draws a page of examples to out/data/page.png
     python data.py --data ~/pictures      # the same for a folder with one sub-folder a class
 
 Public: `shapes(n, size, seed)` and `load_images(name, size, split)`, both returning
@@ -13,6 +13,7 @@ Public: `shapes(n, size, seed)` and `load_images(name, size, split)`, both retur
 """
 import hashlib, math, os, unicodedata, warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -270,7 +271,7 @@ def _same(name):
 
 
 def _printable(name):
-    """Names that are not in the file system's encoding can be opened but not printed as they are."""
+    """A name that is not in the file system's encoding can be opened, but not printed as it is."""
     return str(name).encode("utf-8", "backslashreplace").decode()
 
 
@@ -283,8 +284,9 @@ def _chosen(folders, classes, root):
     known = {_same(word): name for name in folders for word in (WORDS.get(name, name), name)}
     for key, name in wanted.items():
         if key not in known:
-            raise UserError(f"--classes: {root} has no class {name!r}, only {', '.join(folders[:5])}"
-                            + (f" and {len(folders) - 5} more" if len(folders) > 5 else ""))
+            more = f" and {len(folders) - 5} more" if len(folders) > 5 else ""
+            raise UserError(f"--classes: {root} has no class {name!r}, only "
+                            f"{', '.join(folders[:5])}{more}")
     if not wanted:
         raise UserError(f"--classes {classes}: names no class")
     chosen = {known[key] for key in wanted}
@@ -316,9 +318,9 @@ def decode(path, size):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-    short = min(image.size)
-    if max(image.size) > 4 * short:                          # a thin one would grow beyond measure
-        image = _centre(image, min(image.width, 4 * short), min(image.height, 4 * short))
+    most = 16 * min(image.size)
+    if max(image.size) > most:                               # a thin one would grow beyond measure
+        image = _centre(image, min(image.width, most), min(image.height, most))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -361,8 +363,8 @@ def _decode_folder(root, size, split, classes, folder):
                     bad.append(result)
                     tqdm.write(f"skipped {result}")
                     if len(bad) > 0.01 * len(paths):
-                        raise UserError(f"--data {root}: more than 1 % of the {len(paths)} pictures "
-                                        f"cannot be read, the first: {bad[0]}")
+                        raise UserError(f"--data {root}: more than 1 % of the {len(paths)} "
+                                        f"pictures cannot be read, the first: {bad[0]}")
                 else:
                     file.write(result.tobytes())
                     kept.append(label)
@@ -437,3 +439,40 @@ def to_float(images, index, flip=None, device="cpu"):
     if flip is not None:
         x = torch.where(flip.to(device).view(-1, 1, 1, 1), x.flip(-1), x)
     return x
+
+
+@dataclass
+class Config:
+    """A page of examples."""
+    data: str = config.field("shapes", "shapes, imagenette, imagewoof, or a folder")
+    size: int = config.field(32, "side of a picture in pixels")
+    columns: int = config.field(16, "pictures a class; ten classes at most")
+    out: str = config.field("out/data/page.png", "the file to write")
+
+    def check(self):
+        """Impossible values end here."""
+        config.require(self.size >= 4 and self.columns >= 1, "--size or --columns is too small")
+
+
+PRESETS = {}
+
+
+def main(argv=None):
+    """The command line: draw a page, a row a class."""
+    c = config.parse(Config, PRESETS, argv)
+    images, labels, names = load_images(c.data, c.size, "train")
+    rows = [images[np.flatnonzero(labels == k)[:c.columns]] for k in range(min(10, len(names)))]
+    sheet = np.full((len(rows) * c.size, c.columns * c.size, 3), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet[y * c.size:][:c.size, x * c.size:][:, :c.size] = picture.transpose(1, 2, 0)
+    page = Image.fromarray(sheet)
+    zoom = max(1, 64 // c.size)
+    page = page.resize((page.width * zoom, page.height * zoom), Image.NEAREST)
+    config.atomic(c.out, lambda t: page.save(t, "PNG"))
+    print(f"wrote {c.out}: a row each of {', '.join(names[:10])}; {len(images):,} pictures")
+
+
+if __name__ == "__main__":
+    with config.one_line_errors():
+        main()

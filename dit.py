@@ -22,8 +22,9 @@ import torch.nn.functional as F
 import config
 from ae import load_ae, save_grid, to_uint8
 from config import Stop, UserError, check_shared, field, require
+from data import load_images, to_float
 from dino import attention
-from flow import euler, flow_loss, guided, shift_time
+from flow import auto_shift, draw, euler, flow_loss, guided
 
 # Letters: B batch, C latent channels, h w latent grid, N = h w tokens, D width, A heads.
 
@@ -41,18 +42,20 @@ class Config:
     depth: int = field(0, "number of blocks; 0: what --size says")
     heads: int = field(0, "attention heads; 0: what --size says")
     # ---- EDIT HERE for ablations: the flow ----
-    shift: float = field(2.5, "time shift in training, above 1: more time near noise (code: 2.5)")
-    sample_shift: float = field(2.5, "time shift that sampling uses by default (code: 6.67)")
+    shift: str = field("2.5", "time shift in training, above 1: more time near noise; auto: RAE's "
+                       "rule by the latent's size (code: 2.5)")
+    sample_shift: str = field("2.5", "time shift of sampling, the same convention (code: 6.67)")
     drop: float = field(0.1, "share of labels replaced by 'no class', for guidance (paper: 0.1)")
     # -------------------------------------------
     steps: int = field(3500, "optimiser steps")
     batch: int = field(64, "latents a step, over all ranks together (paper: 256)")
+    micro_batch: int = field(0, "latents at a time, for a small card; 0: all. Same gradient")
     lr: float = field(2e-3, "learning rate (paper: 1e-4)")
     warmup: int = field(200, "steps of linear warm-up (paper: 0)")
     decay: bool = field(True, "cosine decay of the learning rate to zero (paper: no)")
     weight_decay: float = field(0.0, "AdamW's weight decay (paper: 0)")
     beta2: float = field(0.99, "AdamW's beta 2 (paper: 0.999)")
-    clip: float = field(1.0, "greatest norm of the gradient (paper: none)")
+    clip: float = field(1.0, "greatest norm of the gradient; 0: no clipping (paper: 0)")
     ema: float = field(0.999, "decay of the averaged weights once warm (paper: 0.9999)")
     preview_every: int = field(1000, "steps between preview pictures")
     preview_scale: float = field(2.0, "guidance of the preview pictures")
@@ -72,7 +75,10 @@ class Config:
         require(self.dim % self.heads == 0, f"--dim {self.dim} must be a multiple of --heads "
                 f"{self.heads}")
         require(self.dim % 4 == 0, "--dim must be a multiple of 4")
-        require(self.shift > 0 and self.sample_shift > 0, "a time shift must be positive")
+        check_shift("--shift", self.shift)
+        check_shift("--sample_shift", self.sample_shift)
+        require(self.micro_batch >= 0 and self.clip >= 0,
+                "--micro_batch and --clip must not be negative")
         require(0 <= self.drop < 1, "--drop must be in [0, 1)")
         require(0 <= self.ema < 1, "--ema must be in [0, 1)")
         require(self.preview_every >= 1, "--preview_every must be at least 1")
@@ -90,7 +96,27 @@ PRESETS = {
     "shapes": dict(),
     "debug": dict(dim=128, depth=1, heads=4, steps=20, batch=32, warmup=5, save_every=10,
                   preview_every=20),
+    # The paper's optimiser and shifts, its size B. Not trained here: no weights, no photographs.
+    "imagenette": dict(size="B", sample_shift="6.67", steps=40000, batch=256, lr=1e-4, warmup=0,
+                       decay=False, beta2=0.999, clip=0.0, ema=0.9999, preview_every=2000,
+                       save_every=2000),
 }
+
+
+def check_shift(flag, text):
+    """ValueError unless a shift is `auto` or a positive number."""
+    try:
+        good = text == "auto" or 0 < float(text) < math.inf
+    except ValueError:
+        good = False
+    require(good, f"{flag} must be a positive number or auto, not {text!r}")
+
+
+def resolve_shift(text, ae):
+    """A shift flag -> the number, for the latents of an autoencoder."""
+    if text != "auto":
+        return float(text)
+    return auto_shift((ae.image_size // ae.patch) ** 2, ae.latent_dim)
 
 # ---------------------------------------------------------------- the model
 
@@ -193,7 +219,7 @@ def load_dit(path, device="cpu"):
     checkpoint = config.load_kind(path, "dit", "python dit.py")
     model = build(checkpoint)
     model.load_state_dict(checkpoint["ema"])                       # strict
-    model.sample_shift, model.ae = checkpoint["config"]["sample_shift"], checkpoint["ae"]
+    model.sample_shift, model.ae = checkpoint["sample_shift"], checkpoint["ae"]
     model.step = checkpoint["step"]
     return model.to(device).eval().requires_grad_(False)
 
@@ -206,11 +232,17 @@ def build(checkpoint):
 
 def load_latents(out, ae):
     """-> latents float16 (2, M, C, h, w) memory-mapped, labels int64 (M,); refuses a cache that
-    another autoencoder wrote."""
+    another autoencoder wrote.  Where stage 1 wrote none, None and the labels of the pictures."""
     note, out = Path(out) / "latents.json", Path(out)
-    if not (note.is_file() and (out / "latents.npy").is_file()):
+    try:
+        said = json.loads(note.read_text()) if note.is_file() else {}
+    except ValueError:
+        said = {}
+    if said.get("cached") is False and said["ae"] == ae.fingerprint:
+        return None, load_pictures(ae)[1]
+    if not (said and (out / "latents.npy").is_file()):
         raise UserError(f"{out / 'latents.npy'}: no such file; `python ae.py --out {out}` makes it")
-    if json.loads(note.read_text())["ae"] != ae.fingerprint:
+    if said["ae"] != ae.fingerprint:
         raise UserError(f"{out / 'latents.npy'} was written by another autoencoder than "
                         f"{out / 'ae.pt'}; run its `python ae.py` command again")
     try:
@@ -219,6 +251,14 @@ def load_latents(out, ae):
     except (ValueError, EOFError) as error:
         raise UserError(f"{out / 'latents.npy'}: truncated or corrupt ({error}); delete "
                         f"{note} and run the `python ae.py` command again") from None
+
+
+
+def load_pictures(ae):
+    """The pictures that stage 1 learned from -> images uint8 (M, 3, S, S), labels int64 (M,)"""
+    images, labels, _ = load_images(ae.dataset, ae.image_size, "train", classes=ae.subset)
+    return images[:ae.images or None], labels[:ae.images or None]
+
 
 # ---------------------------------------------------------------- train
 
@@ -230,6 +270,8 @@ def train(c):
     path = out / "dit.pt"
     ae = load_ae(out / "ae.pt", device)
     latents, labels = load_latents(out, ae)
+    pictures = load_pictures(ae)[0] if latents is None else None
+    shift, sample_shift = resolve_shift(c.shift, ae), resolve_shift(c.sample_shift, ae)
     checkpoint = config.resume(path, "dit", c, "python dit.py")
     if checkpoint and checkpoint["ae"] != ae.fingerprint:
         raise UserError(f"{path} learned the latents of another autoencoder than {out / 'ae.pt'}; "
@@ -248,13 +290,14 @@ def train(c):
         model.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    announce(c, device, model, ae, len(labels))
+    announce(c, device, model, ae, len(labels), shift)
 
     def save(step):
         if config.rank() == 0:
             config.save(path, dict(
                 kind="dit", version=config.VERSION, config=config.plain(c), step=step,
                 channels=model.channels, classes=model.classes, ae=ae.fingerprint,
+                sample_shift=sample_shift,
                 model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
 
     def batch(step):
@@ -265,7 +308,12 @@ def train(c):
         dropped = torch.rand(c.batch, generator=g) < c.drop
         y = torch.where(dropped, model.classes, labels[index])
         mine = slice(config.rank(), None, config.world())
-        x1 = torch.from_numpy(latents[flip[mine].numpy(), index[mine].numpy()])
+        if latents is None:                                        # encoded as we go
+            x = to_float(pictures, index[mine], flip[mine] == 1, device)
+            with autocast():
+                x1 = ae.encode(x)
+        else:
+            x1 = torch.from_numpy(latents[flip[mine].numpy(), index[mine].numpy()])
         noise = config.generator(c.seed + 1_000_000, step * config.world() + config.rank(),
                                    device)
         return x1.to(device, non_blocking=True).float(), y[mine].to(device), noise
@@ -279,20 +327,17 @@ def train(c):
             x1, y, noise = following
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(c, step)
-            with autocast():
-                losses, t = flow_loss(model, x1, y, shift=c.shift, generator=noise)     # (B,), (B,)
-            loss = losses.mean()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            losses, t = gradients(model, x1, y, draw(x1, shift, noise), c.micro_batch, autocast)
             config.average([p.grad for p in model.parameters()])
-            norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip or float("inf"))
             optimizer.step()
             with torch.no_grad():
                 # the average's memory grows with the run: at first it forgets the random start
                 weight = 1 - min(c.ema, (1 + step) / (10 + step))
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
                 quarter = (t * 4).long().clamp(max=3)
-                bins[0].index_add_(0, quarter, losses.detach())
+                bins[0].index_add_(0, quarter, losses)
                 bins[1].index_add_(0, quarter, torch.ones_like(losses))
             if step + 1 < c.steps:
                 following = batch(step + 1)                        # while the device still works
@@ -315,15 +360,30 @@ def train(c):
     seconds = time.time() - began
     print(f"seconds: {seconds:.0f}\nloss: {result[0]:.4f}\nloss_by_quarter_of_t: {result[1]}")
     print(f"latents_per_second: {c.batch * (c.steps - start) / seconds:.0f}")
-    ema.sample_shift, ema.ae, ema.step = c.sample_shift, ae.fingerprint, c.steps
+    ema.sample_shift, ema.ae, ema.step = sample_shift, ae.fingerprint, c.steps
     return ema.requires_grad_(False)
 
 
-def announce(c, device, model, ae, pictures):
+def gradients(model, x1, y, pair, micro_batch, autocast):
+    """Add the gradient of the mean loss of x1 (B, ...) to the parameters -> losses (B,), t (B,).
+
+    `micro_batch` samples at a time, 0 for all at once: each part counts by its share, so that the
+    sum is the whole batch's gradient."""
+    B, losses = len(x1), []
+    for start in range(0, B, micro_batch or B):
+        part = slice(start, start + (micro_batch or B))
+        with autocast():
+            loss, _ = flow_loss(model, x1[part], y[part], pair=(pair[0][part], pair[1][part]))
+        (loss.sum() / B).backward()
+        losses.append(loss.detach())
+    return torch.cat(losses), pair[1]
+
+
+def announce(c, device, model, ae, pictures, shift):
     """Five lines on what is about to run, and the one warning that a first experiment needs."""
     print(f"stage 2 on {config.describe(device)}; {pictures:,} pictures' latents of "
           f"{ae.latent_dim} channels ({ae.latent}), {len(ae.classes)} classes")
-    print(f"DiT {c.size}: width {c.dim}, depth {c.depth}, {c.heads} heads, "
+    print(f"DiT {c.size}: width {c.dim}, depth {c.depth}, {c.heads} heads, shift {shift:.3g}, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; {c.steps} steps of "
           f"{c.batch}; flags: "
           + (" ".join(f"--{k} {getattr(c, k)}" for k in c.said) or "the preset's"))
@@ -342,7 +402,8 @@ def preview(c, model, ae, device, autocast):
                         generator=config.generator(123))
     noise = noise[:len(y)].to(device)
     with autocast():
-        z = euler(guided(model, y, model.classes, c.preview_scale), noise, 10, c.sample_shift)
+        z = euler(guided(model, y, model.classes, c.preview_scale), noise, 10,
+                  resolve_shift(c.sample_shift, ae))
         images = ae.decode(z)
     save_grid(Path(c.out) / "preview.png", to_uint8(images), 10)
 

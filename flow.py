@@ -8,6 +8,8 @@
 The paper writes time the other way round (its t = 0 is data); the authors' code runs as here.
 A `model` is any function (x (B, ...), t (B,), *cond) -> velocity (B, ...).
 """
+import math
+
 import torch
 
 
@@ -20,16 +22,26 @@ def shift_time(t, s):
     return t / (t + s * (1 - t))
 
 
-def flow_loss(model, x1, *cond, shift=1.0, generator=None):
+def auto_shift(tokens, channels):
+    """RAE's rule (arXiv 2510.11690): sqrt(dimensions / 4096), more shift for larger latents."""
+    return math.sqrt(tokens * channels / 4096)
+
+
+def draw(x1, shift=1.0, generator=None):
+    """The random half of a training pair for data x1 (B, ...) -> noise x0 (B, ...), time t (B,):
+    t ~ U(0, 1), then shifted."""
+    t = shift_time(torch.rand(len(x1), generator=generator, device=x1.device), shift)
+    return torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype), t
+
+
+def flow_loss(model, x1, *cond, shift=1.0, generator=None, pair=None):
     """The flow-matching loss of a batch of data x1 (B, ...) -> per-sample loss (B,), t (B,).
 
-    t ~ U(0, 1), then shifted.  The time comes back so that the loss can be shown by time: its
-    total has a floor well above zero and hardly moves.  generator: makes noise and time repeatable.
+    The time comes back so that the loss can be shown by time: its total has a floor well above
+    zero and hardly moves.  generator: makes noise and time repeatable; pair: those of `draw`.
     """
-    B = len(x1)
-    t = shift_time(torch.rand(B, generator=generator, device=x1.device), shift)
-    x0 = torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
-    at = t.view(B, *[1] * (x1.dim() - 1)).to(x1.dtype)
+    x0, t = pair or draw(x1, shift, generator)
+    at = t.view(-1, *[1] * (x1.dim() - 1)).to(x1.dtype)
     xt = (1 - at) * x0 + at * x1
     v = model(xt, t, *cond)
     return (v.float() - (x1 - x0).float()).square().flatten(1).mean(1), t

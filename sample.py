@@ -21,7 +21,7 @@ import config
 from ae import load_ae, save_grid, to_uint8
 from config import UserError, field, require
 from data import load_images, to_float
-from dit import load_dit
+from dit import check_shift, load_dit, resolve_shift
 from flow import euler, guided, heun
 from metrics import judge_images, load_judge, score
 
@@ -37,7 +37,7 @@ class Config:
     scale: float = field(2.0, "guidance; 1: none")
     t_lo: float = field(0.0, "guide from this time on (0 is noise)")
     t_hi: float = field(1.0, "guide up to this time (1 is data)")
-    shift: float = field(0.0, "time shift of the steps; 0: what the DiT was made for")
+    shift: str = field("", "time shift of the steps, a number or auto; empty: the DiT's own")
     sampler: str = field("euler", "euler, or heun: second order, twice the evaluations",
                          ("euler", "heun"))
     seed: int = field(0, "the same seed is the same noise, at any number of steps")
@@ -54,7 +54,9 @@ class Config:
         """Impossible values end here."""
         for name in ("steps", "columns", "batch"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
-        for name in ("n", "npz", "seed", "shift"):
+        if self.shift:
+            check_shift("--shift", self.shift)
+        for name in ("n", "npz", "seed"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
         require(0 <= self.t_lo <= self.t_hi <= 1, "0 <= --t_lo <= --t_hi <= 1 is wanted")
         require(all(s.strip().isdigit() and int(s) for s in self.sweep.split(",") if self.sweep),
@@ -131,9 +133,9 @@ class Scorer:
 
     def __init__(self, ae, device):
         self.judge = load_judge(device=device)
-        train, _, _ = load_images(ae.dataset, ae.image_size, "train")
+        train, _, _ = load_images(ae.dataset, ae.image_size, "train", classes=ae.subset)
         self.reference, _ = judge_images(self.judge, torch.from_numpy(train[:5000].copy()))
-        held, self.labels, _ = load_images(ae.dataset, ae.image_size, "test")
+        held, self.labels, _ = load_images(ae.dataset, ae.image_size, "test", classes=ae.subset)
         self.held, self.ae, self.device = held, ae, device
 
     def __call__(self, images, labels):
@@ -166,7 +168,7 @@ def main(argv=None):
     device, _ = config.setup(c.device)
     model, ae = load(c.out, device)
     out, classes = Path(c.out), choose(c.classes, ae.classes)
-    shift = c.shift or model.sample_shift
+    shift = resolve_shift(c.shift, ae) if c.shift else model.sample_shift
     options = dict(scale=c.scale, shift=shift, seed=c.seed, batch=c.batch,
                    sampler=heun if c.sampler == "heun" else euler, t_range=(c.t_lo, c.t_hi))
     nfe = c.steps * (2 if c.sampler == "heun" else 1) * (2 if c.scale != 1 else 1)

@@ -4,7 +4,10 @@
 
 Letters as in the files under test.
 """
-import ast, copy, json, math, os, re, resource, shutil, signal, struct, subprocess, sys, time
+import ast, contextlib, copy, hashlib, io, json, math, os, re, resource, shutil, signal, struct, subprocess
+import sys, tarfile, threading, time, types, zlib
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-import ae, config, data, dino, dit, flow, metrics, sample
+import ae, bench, config, data, dino, dit, fetch, flow, metrics, perceptual, sample, toy_flow
+from config import UserError
 from dino import DINOv3, ViTConfig, load_dino, read_safetensors
+from perceptual import LPIPS, load_lpips
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)                 # small sums: a second thread only waits
@@ -598,6 +603,8 @@ def test_dino_sources(tmp_path, monkeypatch):
     model = load_dino(tmp_path / "heads.pth")
     assert model.config.heads == 4 and torch.equal(model.periods, periods)
     monkeypatch.setenv("NOVAE_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")   # nobody answers there
+    monkeypatch.setattr(fetch, "WAIT", 0)
     torch.save({**saved, "kind": "ae"}, tmp_path / "ae.pt")
     for source, why in [(tmp_path / "ae.pt", "holds ae, not dino"), ("vits61", "no model name"),
                         ("vits16plus", "timm/vit_small_plus_patch16_dinov3.*'tiny'")]:
@@ -738,6 +745,468 @@ def test_safetensors_reader_refuses(tmp_path):
             read_safetensors(path)
 
 
+# ---------------------------------------------------------------- fetch.py: a server in the test
+
+BODY = np.random.default_rng(0).bytes(300_000)
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """server.files: path -> bytes; server.plan: path -> what to do instead, in order: a status, a
+    redirect's headers, "cut" after half, "plain": knows no ranges, tells no length."""
+
+    def do_GET(self):
+        server, body = self.server, self.server.files.get(self.path)
+        server.log.append((self.path, dict(self.headers)))
+        act = (server.plan.get(self.path) or [404 if body is None else None]).pop(0)
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(asked[1]) if asked and act != "plain" else 0
+        status, headers = 206 if start else 200, {}
+        if isinstance(act, (int, dict)):
+            status, headers, body = (act, {}, b"") if isinstance(act, int) else (302, act, b"")
+        elif start:
+            place = f"{start}-{len(body) - 1}" if start < len(body) else "*"
+            status = 416 if place == "*" else 206
+            headers["Content-Range"] = f"bytes {place}/{len(body)}"
+        self.send_response(status)
+        if act != "plain":
+            headers["Content-Length"] = max(len(body) - start, 0)
+        for header in headers.items():
+            self.send_header(*map(str, header))
+        self.end_headers()
+        self.wfile.write(body[start:(start + len(body)) // 2 if act == "cut" else None])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    """Starts servers on 127.0.0.1; the last is the hub."""
+    servers = []
+
+    def start(**files):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.files, server.plan, server.log = {f"/{k}": v for k, v in files.items()}, {}, []
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
+        return servers.append(server) or server
+    monkeypatch.setattr(fetch, "WAIT", 0)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NOVAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield start
+    for server in servers:
+        server.shutdown(), server.server_close()
+
+
+def refuses(*words, call, **more):
+    with pytest.raises(config.UserError) as error:
+        call(**more)
+    assert all(w in str(error.value) for w in words) and "\n" not in str(error.value), error.value
+
+
+def left(folder):
+    return sorted(p.name for p in folder.iterdir() if p.suffix != ".lock")
+
+
+def threads(function, *args, **more):
+    """Three at once, as ranks are."""
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(function, *args, **more) for _ in range(3)]
+        return [job.result() for job in jobs]
+
+
+def test_a_cut_download_goes_on_where_it_stopped(serve, tmp_path, monkeypatch):
+    server, path, part = serve(f=BODY), tmp_path / "new/f", tmp_path / "new/.f.part"
+    known = dict(size=len(BODY), sha256=SHA, md5=hashlib.md5(BODY).hexdigest())
+    get = lambda **k: fetch.fetch(server.url + "/f", path, **(k or known)).read_bytes()
+    ranges = lambda: [h.get("Range") for _, h in server.log]
+    server.plan["/f"] = ["cut", 503, "cut", 429]
+    monkeypatch.setattr(fetch, "TRIES", 3)                        # in a row that bring nothing new
+    assert get() == get() == BODY and left(path.parent) == ["f"]
+    assert ranges() == [None] + ["bytes=131072-"] * 2 + ["bytes=196608-"] * 2      # whole chunks
+    for begun, act, asked in [
+            (BODY[:9], None, ["bytes=9-"]), (BODY, None, []),     # of an earlier run; killed late
+            (BODY[:9], "plain", ["bytes=9-"]),                    # a server without ranges: again
+            (BODY + b"x", None, ["bytes=300001-", None]),         # longer than the file: again
+            (b"x" * 9, None, ["bytes=9-", None])]:                # of another version: wrong sum
+        path.unlink(), part.write_bytes(begun)
+        server.plan["/f"], server.log[:] = [act] if act else [], []
+        assert get() == BODY and ranges() == asked and left(path.parent) == ["f"]
+    path.unlink(), part.write_bytes(BODY)                         # size unknown: 416 says enough
+    assert get(sha256=SHA) == BODY and ranges()[2:] == ["bytes=300000-"]
+    path.unlink(), monkeypatch.setattr(fetch, "TRIES", 1)
+    server.plan["/f"] = ["cut"]
+    refuses("truncated, 131,072 of 300,000", "goes on from there", call=get)
+    assert left(path.parent) == [".f.part"] and get() == BODY
+
+
+def test_downloads_that_fail_say_why_in_one_line(serve, tmp_path, monkeypatch):
+    lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    server, path = serve(f=BODY, lfs=lfs, html=b"\n<!DOCTYPE html>", empty=b""), tmp_path / "x/f"
+
+    def get(name="f", hub=False, **more):
+        at = fetch.HUB + "/a/b/resolve/main/" if hub else server.url + "/"
+        fetch.fetch(at + name, path, **more)
+    server.plan = {"/f": [403, 418] + [503] * fetch.TRIES, "/a/b/resolve/main/f": [401, 403]}
+    for words, more in [
+            ("refuses it .HTTP 403", {}), ("HTTP 418", {}), ("fails .HTTP 503.; try later", {}),
+            ("not there any more .HTTP 404", dict(name="other")),
+            (f"gated.*{server.url}/a/b, and set HF_TOKEN", dict(hub=True)),   # page, variable
+            ("the token in HF_TOKEN is refused", dict(hub=True, token="secret")),
+            ("Git-LFS pointer", dict(name="lfs", size=9)), ("HTML page", dict(name="html")),
+            ("empty", dict(name="empty")), ("its sha256 is wrong.*removed", dict(sha256="0" * 64)),
+            ("its md5 is wrong", dict(md5="0")), ("300,000 bytes and not 7", dict(size=7))]:
+        with pytest.raises(config.UserError, match=words):
+            get(**more)
+        assert left(path.parent) == []
+    assert len(server.log) == 2 + fetch.TRIES + 9
+
+    class Full(io.BytesIO):
+        def write(self, chunk):
+            raise OSError(28, "No space left on device")
+    fetch._part(path).write_bytes(BODY[:99])
+    with monkeypatch.context() as m:
+        m.setattr(fetch, "open", lambda *_: Full(), raising=False)
+        refuses("disk is full", "NOVAE_CACHE", call=get)
+    server.shutdown(), server.server_close()
+    refuses("no connection", f"without a network, get it elsewhere and save it as {path}", call=get)
+    refuses("nonsense", call=lambda: fetch.fetch("nonsense:/x", path))
+    assert left(path.parent) == []
+    path.write_bytes(b"by hand")                                  # wrong, but not ours to delete
+    refuses("md5 is wrong", "delete it", call=get, md5="0" * 32)
+    assert path.read_bytes() == b"by hand"
+    path.write_bytes((15392).to_bytes(8, "little") + b"{}")       # begins like a page, with " <"
+    get()
+
+
+def test_a_redirect_gets_no_token_and_the_hubs_own_sum_is_checked(serve, tmp_path):
+    store, hub, at = serve(f=BODY), serve(), "/a/b/resolve/main/f"
+    hub.plan[at] = [{"Location": store.url + "/f", "X-Linked-Etag": f'"{sha}"'}
+                    for sha in (SHA, "0" * 64)]
+    get = lambda name: fetch.fetch(fetch.HUB + at, tmp_path / name, token="secret\n").read_bytes()
+    assert get("a") == BODY
+    refuses("sha256 is wrong", call=get, name="b")
+    tokens = [[h.get("Authorization") for _, h in server.log] for server in (hub, store)]
+    assert tokens == [["Bearer secret"] * 2, [None] * 2]
+    threads(fetch.fetch, store.url + "/f", tmp_path / "c")
+    assert (tmp_path / "c").read_bytes() == BODY and len(store.log) == 3
+
+
+def tgz(path, *members):
+    """members: (name, bytes), or (name, a tarfile type, which is one byte)"""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = content if len(content) == 1 else tarfile.REGTYPE, "a"
+            info.size = len(content) * (info.type == tarfile.REGTYPE)
+            tar.addfile(info, io.BytesIO(content))
+    return path.read_bytes()
+
+
+def test_archives_land_whole_inside_or_not_at_all(tmp_path):
+    path, out, good = tmp_path / "x.tgz", tmp_path / "out", ("top/a", b"hello")
+    whole = tgz(path, good, ("top/b/c", b"xx"))
+    for word, bad in [("damaged", whole[:-20]), ("damaged", b"no archive"), ("damaged", b"")] + [
+            (word, tgz(path, good, bad)) for word, bad in [
+                ("outside", ("../evil", b"xx")), ("outside", ("/tmp/evil", b"xx")),
+                ("outside", ("a/../../b", b"xx")), ("link", ("l", tarfile.SYMTYPE)),
+                ("link", ("l", tarfile.LNKTYPE)), ("device", ("d", tarfile.CHRTYPE)),
+                ("device", ("d", tarfile.FIFOTYPE)), ("than 9,000", ("big", b"12" * 5000))]]:
+        path.write_bytes(bad)
+        refuses(word, call=fetch.unpack, archive=path, folder=out, most_bytes=9000)
+        assert left(tmp_path) == ["x.tgz"]
+    path.write_bytes(whole)
+    (tmp_path / ".out.part").mkdir()                              # of a run that was killed
+    assert fetch.unpack(path, out) == out and left(tmp_path) == ["out", "x.tgz"]
+    assert (out / "a").read_bytes() == b"hello" and (out / "b/c").exists()
+    tgz(path, ("a", b"xx"), ("b", b"xx"))                         # no top folder: all of it
+    assert left(fetch.unpack(path, tmp_path / "out2")) == ["a", "b"]
+
+
+def test_dino_weights_come_from_the_hub_once(serve, tmp_path, monkeypatch, capsys):
+    from safetensors.torch import save
+    c, state = ViTConfig(dim=64, depth=1, heads=1, hidden=96), {}
+    for k, v in DINOv3(c).state_dict().items():
+        if k != "mask_token" and "qkv.bias" not in k:
+            state[dino.theirs("timm", k)] = v
+    body, at = save(state), "{}/resolve/main/model.safetensors"
+    timm = at.format("timm/vit_small_patch16_dinov3.lvd1689m")
+    meta = at.format("facebook/dinov3-vits16-pretrain-lvd1689m")
+    server = serve(**{timm: body, meta: body, timm.replace("small", "base"): body})
+    monkeypatch.setitem(dino.SIZES, "vits16", c)
+    for name in "vits16", "hf:vits16":
+        monkeypatch.setitem(dino.SUMS, name, (len(body), hashlib.sha256(body).hexdigest()))
+    for _ in range(2):
+        model = load_dino("vits16")
+        assert model.config == c and model(torch.randn(1, 3, 32, 48))[0].shape == (1, 6, 64)
+    assert len(server.log) == 1 and capsys.readouterr().out.count(dino.LICENSE) == 1
+    server.plan["/" + meta] = [401]
+    refuses("facebook/dinov3-vits16-", "HF_TOKEN", "'tiny'", call=load_dino, source="hf:vits16")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    load_dino("hf:vits16")
+    assert server.log[-1][1]["Authorization"] == "Bearer secret"
+    refuses("on request", call=load_dino, source="vitl16plus")
+    refuses("is no vitb16", call=load_dino, source="vitb16")
+
+
+class TinyTimm(torch.nn.Module):
+    """As much of timm's VisionTransformer as TimmViT asks for."""
+    num_prefix_tokens, num_features, pretrained_cfg = 1, 8, dict(mean=(0.5,) * 3, std=(0.25,) * 3)
+
+    def __init__(self, patch):
+        super().__init__()
+        self.patch_embed = torch.nn.Conv2d(3, 8, patch, patch)
+        self.patch_embed.patch_size = (patch, patch)
+
+    def forward_features(self, x):
+        return torch.nn.functional.pad(self.patch_embed(x).flatten(2), (1, 0)).transpose(1, 2)
+
+    def forward_intermediates(self, x, norm, output_fmt, intermediates_only):
+        return [self.forward_features(x)[:, 1:]]
+
+
+def test_encoders_of_timm(monkeypatch):
+    asked = []
+
+    def create_model(name, pretrained, num_classes, dynamic_img_size):
+        asked.append((name, pretrained))
+        if name == "resnet":
+            raise TypeError("unexpected keyword argument dynamic_img_size")
+        if name == "unknown":
+            raise RuntimeError("Unknown model (unknown)\nmore")
+        return TinyTimm(int(name))
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
+    for patch, counted in (16, 16), (14, 16), (8, 8):             # DINOv2's 14 counts as 16
+        model = load_dino(f"timm:{patch}")
+        x = model.normalize(torch.ones(2, 3, 32, 64))
+        patches, cls = model(x)
+        assert model.patch == counted and model.dim == 8 and x.mean() == 2 and not cls.any()
+        assert patches.shape == model.features(x)[0].shape == (2, 32 * 64 // counted ** 2, 8)
+        assert not model.train().training and not any(p.requires_grad for p in model.parameters())
+        again = dino.rebuild(vars(model.config))                  # as a checkpoint does
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(again(x)[0], patches) and again.config == model.config
+    assert asked[-2:] == [("8", True), ("8", False)]
+    assert dino.rebuild(vars(ViTConfig(dim=64, heads=1))).dim == 64
+    refuses("no patch tokens", call=load_dino, source="timm:resnet")
+    refuses("timm:unknown: Unknown model", call=load_dino, source="timm:unknown")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    refuses("pip install timm", call=load_dino, source="timm:16")
+
+
+# ---------------------------------------------------------------- data.py: archives, classes
+def jpeg(shade, kind="JPEG"):
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), (shade,) * 3).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["imagenette", "imagewoof"])
+def test_an_archive_end_to_end(name, serve, tmp_path, monkeypatch):
+    url, sums = data.ARCHIVES[name]
+    stem, kind = url.rpartition("/")[2], [*sums][0]
+    ids = [*data.WORDS][:10:9] if name == "imagenette" else [*data.WORDS][10::9]
+    members = [(f"{stem[:-4]}/{split}/{folder}/{i}.JPEG", jpeg(40 * i)) for split, n in
+               (("train", 3), ("val", 2)) for folder in ids for i in range(n)]
+    body = tgz(tmp_path / "x.tgz", *members, (f"{stem[:-4]}/noisy.csv", b"xx"))
+    server = serve(**{stem: body})
+    load = lambda split="train", **k: data.load_images(name, 16, split, tmp_path / "own", **k)
+    monkeypatch.setitem(data.ARCHIVES, name, (f"{server.url}/{stem}", sums))
+    refuses(f"its {kind} is wrong", call=load)                    # the real one's
+    monkeypatch.setitem(data.ARCHIVES, name, (
+        f"{server.url}/{stem}", {kind: hashlib.new(kind, body).hexdigest()}))
+    (x, y, names), (xt, _, _) = load(), load("test")
+    assert x.shape == (6, 3, 16, 16) and y.tolist() == [0] * 3 + [1] * 3 and len(xt) == 4
+    assert names == [data.WORDS[i] for i in ids] and abs(int(x[1].max()) - 40) < 3
+    for classes in ids[1], names[1].upper(), f" {ids[1]},{names[1]}":
+        x, y, chosen = load(classes=classes)
+        assert len(x) == 3 and y.tolist() == [0] * 3 and chosen == names[1:]
+    assert len(server.log) == 2
+
+
+def test_some_of_a_folders_classes(tmp_path):
+    for name in "a", "b", "Stra\u00dfe", "du\u0308nn":             # the last as macOS writes it
+        (tmp_path / "root" / name).mkdir(parents=True)
+        for file in "0.jpg", "1.jpg", "._0.jpg":
+            (tmp_path / "root" / name / file).touch()
+    chosen = lambda classes: data.list_folder(tmp_path / "root", "train", classes)[2]
+    (tmp_path / "list.txt").write_text("\ufeffb\r\n\n a \n", encoding="utf-8")
+    assert chosen("") == ["Stra\u00dfe", "a", "b", "du\u0308nn"]
+    assert chosen("b,a") == chosen(str(tmp_path / "list.txt")) == ["a", "b"]
+    assert chosen("d\u00fcnn , STRASSE") == ["Stra\u00dfe", "du\u0308nn"]
+    assert len(data.list_folder(tmp_path / "root", "train")[0]) == 4         # not the ._ files
+    for classes, words in ("a,c", "no class 'c'.*a, b"), ("no.txt", "'no.txt'"), (",", "names no"):
+        with pytest.raises(config.UserError, match=words):
+            chosen(classes)
+    refuses("shapes", call=data.load_images, name="shapes", size=8, classes="disc", cache=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pictures_that_would_hurt(tmp_path, capsys):
+    red = Image.new("RGB", (80, 60), (200, 0, 0))
+    load = lambda name: data.decode(tmp_path / name, 8)
+    Image.new("RGB", (1, 60_000), (200, 0, 0)).save(tmp_path / "thin.png")
+    assert (data.decode(tmp_path / "thin.png", 256)[0] == 200).all()         # not 4 gigapixels
+    for array in np.full((9, 9), 0.5, np.float32), np.full((9, 9), 32896, np.int32):
+        Image.fromarray(array).save(tmp_path / "x.tif")
+        assert (load("x.tif") == 128).all()
+    red.save(tmp_path / "exif.png", exif=b"Exif\0\0no exif")
+    assert (load("exif.png")[0] == 200).all()                     # damaged EXIF, a good picture
+    red.save(tmp_path / "bomb.png")
+    bomb = bytearray((tmp_path / "bomb.png").read_bytes())
+    bomb[16:24] = bytes([0, 0, 48, 0] * 2)                        # IHDR: width, height
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(ValueError, match="12288 x 12288 pixels are too many"):
+        load("bomb.png")
+    red.save(tmp_path / "eps.jpg", "EPS")                         # would start another program
+    with pytest.raises(UnidentifiedImageError):
+        load("eps.jpg")
+    a, b = tmp_path / "root/a", tmp_path / "root/b"
+    a.mkdir(parents=True)
+    odd = os.fsdecode(b"\xe9") if sys.platform == "linux" else "\u00e9"        # no UTF-8
+    for i in range(200):                                          # no JPEG either
+        (a / f"{odd}{i:03}.jpg").write_bytes(jpeg(i, "PNG") if i else b"text")
+    x, y, _ = data.load_images(tmp_path / "root", 8, cache=tmp_path / "own")
+    assert len(x) == len(y) == 179 and x[0].max() == 1 and x[-1].min() == 198
+    assert data._printable(odd) + "000.jpg: Unid" in capsys.readouterr().out
+    (a / f"{odd}000.jpg").unlink(), b.mkdir()
+    (b / "0.png").touch(), (b / "1.png").touch()                  # all that one class has is bad
+    refuses("no picture of b", call=data.load_images, name=a.parent, size=8, cache=tmp_path / "own")
+
+
+def test_a_killed_decoding_is_not_taken_for_whole(tmp_path):
+    for i in range(80):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        (tmp_path / "ab"[i % 2] / f"{i:02d}.jpg").write_bytes(jpeg(100 + i))
+    code = ("import sys, os, data; n, decode = [], data.decode\n"
+            "data.decode = lambda *a: n.append(0) or (os._exit(9) if len(n) > 30 else decode(*a))\n"
+            "data.load_images(sys.argv[1], 8, cache=sys.argv[2])")
+    here, out = os.path.dirname(data.__file__), tmp_path / ".own"
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path, out], cwd=here)
+    assert killed.returncode == 9 and list(out.glob("*/.images.part.npy"))
+    x, y, _ = threads(data.load_images, tmp_path, 8, cache=out)[-1]
+    assert x.shape == (72, 3, 8, 8) and (x.min(axis=(1, 2, 3)) >= 99).all() and y.sum() == 36
+    assert not list(out.glob("*/.images.part.npy"))
+
+
+# ---------------------------------------------------------------- perceptual.py
+
+CONVS = dict(zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
+                 (64, 64, 128, 128) + (256,) * 3 + (512,) * 6))
+
+@pytest.fixture(scope="session")
+def weights():                                     # random, in the two published layouts
+    g, vgg, c = torch.Generator().manual_seed(0), {"classifier.0.weight": torch.zeros(2, 2)}, 3
+    for n, out in CONVS.items():
+        vgg[f"features.{n}.weight"] = torch.randn(out, c, 3, 3, generator=g) * (2 / (9 * c)) ** 0.5
+        vgg[f"features.{n}.bias"], c = 0.1 * torch.randn(out, generator=g), out
+    return dict(vgg=vgg, heads={f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=g)
+                                for i, c in enumerate((64, 128, 256, 512, 512))})
+
+@pytest.fixture(scope="session")
+def model(weights, tmp_path_factory):              # the real VGG file has the format before zip
+    folder = tmp_path_factory.mktemp("w")
+    torch.save(weights["vgg"], folder / "v.pth", _use_new_zipfile_serialization=False)
+    torch.save(weights["heads"], folder / "h.pth")
+    return load_lpips(vgg=folder / "v.pth", heads=folder / "h.pth")
+
+def pictures(seed, n=2):
+    return torch.rand(2, n, 3, 32, 48, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+def slow(x, y, vgg, heads):                        # one pair, place by place, in float64
+    a, b = ((v[None].double() - torch.tensor([-.030, -.088, -.188]).double().view(1, 3, 1, 1))
+            / torch.tensor([.458, .448, .450]).double().view(1, 3, 1, 1) for v in (x, y))
+    total, ends = 0.0, (2, 7, 14, 21, 28)
+    for n in CONVS:
+        weight, bias = (vgg[f"features.{n}.{k}"].double() for k in ("weight", "bias"))
+        a, b = (F.conv2d(v, weight, bias, padding=1).clamp(min=0) for v in (a, b))
+        if n in ends:
+            h, w = a.shape[2:]
+            head = heads[f"lin{ends.index(n)}.model.1.weight"].flatten().double()
+            for i in range(h * w):
+                p, q = (v[0, :, i // w, i % w] for v in (a, b))
+                p, q = (v / (v.pow(2).sum().sqrt() + 1e-10) for v in (p, q))
+                total = total + head.dot((p - q) ** 2) / (h * w)
+            a, b = F.max_pool2d(a, 2), F.max_pool2d(b, 2)
+    return total
+
+def test_against_the_formula_and_its_gradient(model, weights):
+    x, y = pictures(1)
+    u, v = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.nn.ModuleList([model]).train()
+    assert not any(m.training for m in model.modules())
+    wanted = torch.stack([slow(a, b, **weights) for a, b in zip(v, y)])
+    fast = model(u, y.requires_grad_())
+    assert wanted.min() > 0.01 and torch.allclose(fast.double(), wanted, rtol=1e-5)
+    fast.sum().backward(), wanted.sum().backward()
+    assert (u.grad - v.grad).norm() < 1e-3 * v.grad.norm() and v.grad.norm() > 0
+    assert y.grad is None and not any(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(x, x), torch.zeros(2)) and torch.allclose(model(y, x), fast, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(x, y)
+    assert rough.dtype == torch.float32 and torch.allclose(rough, fast, rtol=.02)
+
+def test_against_the_package(model, weights):
+    lpips = pytest.importorskip("lpips")
+    theirs = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval()
+    for name, p in theirs.named_parameters():                 # net.sliceK.N.weight, linK.model...
+        key = "features." + name.split(".", 2)[2] if name.startswith("net.") else name
+        p.data.copy_((weights["vgg"] | weights["heads"])[key])
+    assert torch.allclose(model(*pictures(2)), theirs(*pictures(2)).flatten(), rtol=1e-4)
+
+def test_dead_places_leave_the_gradient_finite(weights):
+    dead, (x, y) = LPIPS(), pictures(4)
+    dead.features.load_state_dict({k[9:]: v - 2 * ("bias" in k) for k, v in weights["vgg"].items()
+                                   if k.startswith("features.")})
+    assert any((m.abs().sum(1) == 0).any() for m in dead.maps(x))
+    d = dead(x.requires_grad_(), y)
+    d.sum().backward()
+    assert d.isfinite().all() and x.grad.isfinite().all()
+
+def test_impossible_shapes():
+    for x, y in ((1, 3, 32, 32), (2, 3, 32, 32)), ((1, 1, 32, 32),) * 2, ((1, 3, 15, 32),) * 2:
+        with pytest.raises(ValueError, match="one shape"):
+            LPIPS()(torch.zeros(x), torch.zeros(y))
+
+@pytest.mark.parametrize("which, to, said", [
+    ("vgg", {"features.28.bias": None}, "features.28.bias is missing"),
+    ("vgg", {"features.0.weight": torch.zeros(64, 1, 3, 3)}, r"\(64, 1, 3, 3\), not \(64, 3, 3"),
+    ("vgg", {"features.30.weight": torch.zeros(2)}, "features.30.weight is unexpected"),
+    ("vgg", {"features.0.bias": torch.full((64,), torch.nan)}, "not finite"),
+    ("heads", {"lin0.model.1.weight": torch.full((1, 64, 1, 1), -.1)}, "negative"),
+    ("heads", {"classifier.0": 1, "a": 0, "b": 0, "c": 0}, "classifier.0 is unexpected.*1 more"),
+    ("heads", [1], "holds a list"), ("vgg", b"<!DOCTYPE html>", "HTML"), ("heads", b"", "empty"),
+    ("vgg", 9999, "truncated"), ("vgg", 0, "empty"), ("heads", None, "no such file")])
+def test_wrong_files_are_refused_in_one_line(weights, tmp_path, which, to, said):
+    paths, bad = {k: tmp_path / f"{k}.pth" for k in weights}, tmp_path / f"{which}.pth"
+    [torch.save(weights[k], paths[k]) for k in weights]
+    if isinstance(to, dict):
+        torch.save({k: v for k, v in {**weights[which], **to}.items() if v is not None}, bad)
+    elif isinstance(to, list):
+        torch.save(to, bad)
+    else:
+        bad.write_bytes(bad.read_bytes()[:to] if isinstance(to, int) else to or b"")
+    if to is None:
+        bad.unlink()
+    with pytest.raises(UserError, match=said) as caught:
+        load_lpips(**paths)
+    assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
+
+def test_files_left_out_come_from_the_cache(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("NOVAE_CACHE", str(tmp_path))
+    for k, name in dict(vgg="vgg16-397923af.pth", heads="lpips-v0.1-vgg.pth").items():
+        torch.save(weights[k], tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: has .* bytes and not"):
+            load_lpips(**({} if k == "vgg" else dict(vgg=tmp_path / "vgg16-397923af.pth")))
+    monkeypatch.setattr(perceptual, "VGG", dict(url="http://127.0.0.1:1/"))     # there: not asked
+    monkeypatch.setattr(perceptual, "HEADS", dict(url="http://127.0.0.1:1/"))
+    assert torch.equal(load_lpips().heads[4], weights["heads"]["lin4.model.1.weight"])
+
+
 # ---------------------------------------------------------------- ae.py
 
 
@@ -775,7 +1244,7 @@ def test_a_latent_does_not_depend_on_its_batch_mates(latent):
     assert model.decode(together).shape == x.shape and model.decode(together).abs().max() <= 1
 
 
-def test_frozen_stays_frozen():
+def test_the_autoencoder_leaves_its_encoder_frozen():
     model = tiny_ae().train()
     before = copy.deepcopy(model.dino.state_dict())
     assert model.training and not any(m.training for m in model.dino.modules())
@@ -812,6 +1281,39 @@ def test_adaptive_weight_is_the_ratio_of_the_gradients_and_is_bounded():
     nll, g = (w * torch.tensor([3.0, 0.0])).sum(), (w * torch.tensor([0.0, 4.0])).sum()
     assert abs(ae.adaptive_weight(nll, g, w, 1e9) - 0.75) < 1e-3
     assert ae.adaptive_weight(nll, g, w, 0.05) == pytest.approx(0.05)
+
+
+def test_random_crops_and_the_average_of_the_weights(tmp_path, monkeypatch):
+    images = data.shapes(6, 36, 0)[0].numpy()
+    crops = ae.random_crops(images, torch.tensor([3, 0, 3]), 32, config.generator(1))
+    assert crops.shape == (3, 3, 32, 32)
+    windows = [images[3, :, y:y + 32, x:x + 32] for y in range(5) for x in range(5)]
+    assert any(np.array_equal(crops[0], w) for w in windows)
+    monkeypatch.chdir(tmp_path)
+    c = config.parse(ae.Config, ae.PRESETS, ["--preset", "debug", "--crop", "random", "--ema",
+                                             "0.9", "--gan", "0.5", "--gan_start", "10"])
+    model = ae.train(c)                                  # all the options of the real preset
+    saved = config.load("out/debug/ae.pt")
+    trained = [p for n, p in model.named_parameters() if not n.startswith("dino.")]
+    assert all(torch.equal(a, b) for a, b in zip(trained, saved["ema"]))
+
+
+def matching_rank(rank, folder, part):
+    """One of two processes, in a test below."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet",
+                                         rank=rank, world_size=2)
+    match = ae.DistributionMatching().train()
+    torch.save(match.measure(*(x[rank::2] for x in part)), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_share_the_batch_statistics(tmp_path):
+    part = torch.randn(8, 4, 5) * 3 + 1, torch.randn(8, 4, 7)
+    torch.multiprocessing.spawn(matching_rank, (str(tmp_path), part), nprocs=2)
+    whole = ae.DistributionMatching().measure(*part)
+    for rank in (0, 1):
+        assert torch.allclose(config.load(tmp_path / f"{rank}.pt"), whole, atol=1e-5)
 
 
 def test_the_papers_sizes():
@@ -858,6 +1360,23 @@ def test_the_published_sizes():
             model = dit.DiT(392, 1000, *dit.SIZES[size])
         count = sum(p.numel() for p in model.parameters()) / 1e6   # the authors' count has 256 x D
         assert abs(count - wanted) < 0.5, (size, count)            # of fixed positions in it
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch():
+    model = awake(dit.DiT(12, 10, 64, 2, 2))
+    x1, y = torch.randn(10, 12, 4, 4), torch.arange(10)
+    pair, results = flow.draw(x1, 2.5, config.generator(0)), []
+    for micro in (0, 4):                                          # 4 + 4 + 2
+        model.zero_grad()
+        losses, t = dit.gradients(model, x1, y, pair, micro, contextlib.nullcontext)
+        results.append((losses, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
+
+
+def test_auto_shift_is_raes_rule():
+    assert flow.auto_shift(256, 768) == pytest.approx(6.93, abs=0.01)
+    assert flow.auto_shift(256, 392) == pytest.approx(4.95, abs=0.01)
 
 
 # ---------------------------------------------------------------- config.py: files
@@ -965,6 +1484,39 @@ def test_sample_writes_sweep_gif_and_npz(work):
     assert arrays["arr_0"].shape == (20, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
     assert Image.open(out / "trajectory.gif").n_frames > 10
     assert "sample_frechet:" in result.stdout and "real_frechet:" in result.stdout
+
+
+def test_without_a_cache_stage_2_encodes_as_it_goes(work, tmp_path):
+    result = run("ae.py", "--preset", "debug", "--cache", "no", "--out", tmp_path, cwd=work)
+    assert result.returncode == 0 and not (tmp_path / "latents.npy").exists(), result.stderr
+    result = run("dit.py", "--preset", "debug", "--out", tmp_path, cwd=work)
+    assert result.returncode == 0, result.stderr
+    losses = [config.load(f / "dit.pt")["model"]["inp.bias"] for f in (tmp_path, work / "out/debug")]
+    assert torch.allclose(*losses, atol=2e-3)            # the cache is half precision, no more
+
+
+def test_the_real_sizes_take_steps_at_256_px(tmp_path, monkeypatch):
+    """All three stages of the imagenette preset on random weights and generated photographs."""
+    for name in ("cats", "dogs"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(3):
+            picture(tmp_path / "photos" / name / f"{i}.jpg", (330, 300))
+    torch.manual_seed(0)
+    torch.save(DINOv3(dino.SIZES["vits16plus"]).state_dict(), tmp_path / "random.pth")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ae, "load_lpips", lambda device: LPIPS().to(device))
+    flags = ["--preset", "imagenette", "--steps", "2"]
+    c = config.parse(ae.Config, ae.PRESETS, flags + [
+        "--data", "photos", "--encoder", "random.pth", "--batch", "1", "--gan_start", "1"])
+    model = ae.train(c)
+    assert model.latent_dim == 392 and model.image_size == 256
+    assert len(config.load("out/imagenette/ae.pt")["critic"]) > 0
+    stage2 = config.parse(dit.Config, dit.PRESETS, flags + [
+        "--batch", "2", "--size", "S", "--shift", "auto", "--micro_batch", "1"])
+    net = dit.train(stage2)
+    assert np.load("out/imagenette/latents.npy", mmap_mode="r").shape == (2, 4, 392, 16, 16)
+    images = sample.generate(net, ae.load_ae("out/imagenette/ae.pt"), [0, 1], 1, 1.0)
+    assert images.shape == (2, 3, 256, 256)
 
 
 def test_more_steps_and_overwrite(work, tmp_path):
@@ -1083,10 +1635,13 @@ def test_the_chain_on_a_folder_of_pictures(folder, work, tmp_path):
 # ---------------------------------------------------------------- the house and the README
 
 ORDER = {                            # who may import whom: only what stands before it
-    "config": set(), "flow": set(), "data": {"config"}, "metrics": {"config", "data"},
-    "toy_flow": {"config", "flow", "metrics"}, "dino": {"config", "data", "metrics"},
-    "ae": {"config", "data", "dino", "metrics"}, "dit": {"config", "data", "flow", "dino", "ae"},
+    "config": set(), "flow": set(), "fetch": {"config"}, "data": {"config", "fetch"},
+    "metrics": {"config", "data"}, "perceptual": {"config", "fetch"},
+    "toy_flow": {"config", "flow", "metrics"}, "dino": {"config", "data", "fetch", "metrics"},
+    "ae": {"config", "data", "dino", "metrics", "perceptual"},
+    "dit": {"config", "data", "flow", "dino", "ae"},
     "sample": {"config", "data", "flow", "ae", "dit", "metrics"},
+    "bench": {"config", "data", "dino", "flow", "ae", "dit"},
 }
 
 
