@@ -40,13 +40,13 @@ class Config:
     """Stage 1."""
     preset: str = field("shapes", "a named set of the options below")
     out: str = field("", "folder for everything that is written; out/<preset> if empty")
-    data: str = field("shapes", "shapes, imagenette, imagewoof, or a folder with one a class")
+    data: str = field("shapes", "shapes, imagenette, imagewoof, or a folder")
     classes: str = field("", "only these classes: names with commas between, or a file of names")
     images: int = field(0, "learn from the first N pictures only; 0: all")
     size: int = field(32, "side of a picture in pixels; a multiple of the encoder's patch")
     crop: str = field("centre", "which square of a picture trains (code: random; measuring and "
                       "stage 2 see the centre)", ("centre", "random"))
-    encoder: str = field("tiny", "tiny (embedded), a DINOv3 name such as vits16plus, timm:NAME, or a file")
+    encoder: str = field("tiny", "tiny (embedded), a DINOv3 name (vits16plus), timm:NAME, or a file")
     # ---- EDIT HERE for ablations: what the latent is made of ----
     latent: str = field("svg", "svg; dino: no residual; unaligned: residual not matched; vae: a "
                         "KL-VAE of the same networks", ("svg", "dino", "unaligned", "vae"))

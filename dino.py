@@ -3,14 +3,22 @@
 DINOv3 (arXiv 2508.10104) is a plain pre-norm ViT with rotary positions, four register tokens and
 LayerScale.  SVG takes its patch tokens after the final norm as they are: they say *what* is where,
 so that a diffusion model finds the classes lying apart before it has learned anything.
+
+    python dino.py --overwrite            # pretrains the tiny encoder of weights/ anew
+    python dino.py --check vits16plus 000000039769.jpg    # the real weights against known values
+
+weights/dino_tiny.pt: 0.49 M parameters, seed 0, 2,400 steps of 256 unlabelled shapes, 13.1 minutes
+on one to two cores of an AMD EPYC (bfloat16); held-out kNN .998, linear probe .998, pixels .272.
 """
-import copy, json, math, os, re, time
+import copy, importlib, json, math, os, re, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import config
 from config import UserError, field, require
@@ -254,7 +262,7 @@ class TimmViT(Encoder):
     def __init__(self, name, pretrained=True):
         super().__init__()
         try:
-            import timm
+            timm = importlib.import_module("timm")       # nothing else here needs it
             self.net = timm.create_model(name, pretrained, num_classes=0, dynamic_img_size=True)
         except ImportError:
             raise UserError(f"timm:{name} needs the package timm: pip install timm") from None
@@ -579,7 +587,7 @@ def translate(tensors, layout, model, path):
 
 @dataclass
 class Config:
-    """Self-supervised pretraining of the tiny encoder; labels are used to measure, never to learn."""
+    """Self-supervised pretraining of the tiny encoder; labels only measure it."""
     preset: str = field("tiny", "a named set of the options below")
     out: str = field("", "folder of dino_tiny.pt; weights/ for the preset tiny if empty")
     size: int = field(32, "side of a picture in pixels; a multiple of the patch")
@@ -588,7 +596,7 @@ class Config:
     depth: int = field(4, "blocks")
     stem: int = field(32, "width of the convolutional stem; 0: a linear patch map")
     # ---- EDIT HERE for ablations: what makes two views the same ----
-    images: int = field(100_000, "pictures of `shapes` to learn from, none of the other stages' own")
+    images: int = field(100_000, "pictures of `shapes` to learn from, not the other stages'")
     temperature: float = field(0.2, "of the contrastive loss")
     turn: float = field(0.3, "greatest rotation of a view, in radians")
     zoom: float = field(0.2, "greatest change of scale of a view")
@@ -619,7 +627,8 @@ class Config:
 
 PRESETS = {
     "tiny": dict(),
-    "debug": dict(images=1000, dim=32, depth=1, stem=8, steps=20, batch=32, warmup=5, save_every=10),
+    "debug": dict(images=1000, dim=32, depth=1, stem=8, steps=20, batch=32, warmup=5,
+                  save_every=10),
 }
 
 
@@ -697,7 +706,8 @@ def contrastive_loss(z, temperature):
 def measure(net, size, references=5000, held_out=2000):
     """kNN and linear probe (labels used only here) -> dict of accuracies on held-out shapes."""
     def embed(images):
-        parts = [net(net.normalize(to_float(images, slice(i, i + 500), None, net.norm.weight.device)))
+        device = net.norm.weight.device
+        parts = [net(net.normalize(to_float(images, slice(i, i + 500), None, device)))
                  for i in range(0, len(images), 500)]
         return torch.cat([p.mean(1) for p, _ in parts]), torch.cat([c for _, c in parts])
     x, y, _ = shapes(references, size, seed=4)
@@ -776,8 +786,42 @@ def train(c):
         print(f"{name}: {value:.4f}")
 
 
+# The first five values of the real weights on COCO val2017 000000039769.jpg, 224 x 224 bilinear, as
+# transformers' conversion script records them: class token, first patch; they agree to 1e-3.
+KNOWN = {
+    "vits16plus": ((-0.471349, -1.365778, -0.317983, 0.377219, -0.769085),
+                   (0.144551, -0.388117, -0.393433, -0.157695, -0.600380)),
+    "vits16": ((0.463561, -0.415609, 0.408236, -0.126613, -0.286636),
+               (-0.038754, -0.250895, -0.016392, -0.455473, 0.571582)),
+}
+
+
+@torch.no_grad()
+def check(name, image):
+    """Print the first values of a published encoder on a picture file, beside the known ones."""
+    try:
+        with Image.open(image) as picture:
+            picture = picture.convert("RGB").resize((224, 224), Image.BILINEAR)
+    except OSError as error:
+        raise UserError(f"{image}: cannot be read as a picture ({error})") from None
+    model = load_dino(name)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    patches, cls = model(model.normalize(pixels))
+    for what, mine, known in zip(("cls", "first_patch"), (cls[0], patches[0, 0]), KNOWN[name]):
+        mine = mine[:5].tolist()
+        print(f"{what}: " + " ".join(f"{v:.6f}" for v in mine))
+        print(f"{what}_known: " + " ".join(f"{v:.6f}" for v in known))
+        print(f"{what}_max_difference: {max(abs(a - b) for a, b in zip(mine, known)):.6f}")
+
+
 def main(argv=None):
-    """The command line."""
+    """The command line; `--check NAME IMAGE` instead compares with the known values."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--check"]:
+        if len(argv) != 3 or argv[1] not in KNOWN:
+            print(f"dino.py: --check wants {' or '.join(KNOWN)}, and a picture", file=sys.stderr)
+            sys.exit(2)
+        return check(*argv[1:])
     train(config.parse(Config, PRESETS, argv))
 
 

@@ -44,7 +44,7 @@ class Config:
     # ---- EDIT HERE for ablations: the flow ----
     shift: str = field("2.5", "time shift in training, above 1: more time near noise; auto: RAE's "
                        "rule by the latent's size (code: 2.5)")
-    sample_shift: str = field("2.5", "time shift of sampling, the same convention (code: 6.67)")
+    sample_shift: str = field("4", "time shift of sampling, the same convention (code: 6.67)")
     drop: float = field(0.1, "share of labels replaced by 'no class', for guidance (paper: 0.1)")
     # -------------------------------------------
     steps: int = field(3500, "optimiser steps")
@@ -97,7 +97,7 @@ PRESETS = {
     "debug": dict(dim=128, depth=1, heads=4, steps=20, batch=32, warmup=5, save_every=10,
                   preview_every=20),
     # The paper's optimiser and shifts, its size B. Not trained here: no weights, no photographs.
-    "imagenette": dict(size="B", sample_shift="6.67", steps=40000, batch=256, lr=1e-4, warmup=0,
+    "imagenette": dict(size="B", shift="2.5", sample_shift="6.67", steps=40000, batch=256, lr=1e-4, warmup=0,
                        decay=False, beta2=0.999, clip=0.0, ema=0.9999, preview_every=2000,
                        save_every=2000),
 }
