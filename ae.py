@@ -46,7 +46,7 @@ class Config:
     size: int = field(32, "side of a picture in pixels; a multiple of the encoder's patch")
     crop: str = field("centre", "which square of a picture trains (code: random; measuring and "
                       "stage 2 see the centre)", ("centre", "random"))
-    encoder: str = field("tiny", "tiny (embedded), a DINOv3 name (vits16plus), timm:NAME, or a file")
+    encoder: str = field("tiny", "tiny (embedded), a DINOv3 name, timm:NAME, or a file")
     # ---- EDIT HERE for ablations: what the latent is made of ----
     latent: str = field("svg", "svg; dino: no residual; unaligned: residual not matched; vae: a "
                         "KL-VAE of the same networks", ("svg", "dino", "unaligned", "vae"))

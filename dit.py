@@ -97,9 +97,9 @@ PRESETS = {
     "debug": dict(dim=128, depth=1, heads=4, steps=20, batch=32, warmup=5, save_every=10,
                   preview_every=20),
     # The paper's optimiser and shifts, its size B. Not trained here: no weights, no photographs.
-    "imagenette": dict(size="B", shift="2.5", sample_shift="6.67", steps=40000, batch=256, lr=1e-4, warmup=0,
-                       decay=False, beta2=0.999, clip=0.0, ema=0.9999, preview_every=2000,
-                       save_every=2000),
+    "imagenette": dict(size="B", shift="2.5", sample_shift="6.67", steps=40000, batch=256,
+                       lr=1e-4, warmup=0, decay=False, beta2=0.999, clip=0.0, ema=0.9999,
+                       preview_every=2000, save_every=2000),
 }
 
 
@@ -396,8 +396,8 @@ def announce(c, device, model, ae, pictures, shift):
 @torch.no_grad()
 def preview(c, model, ae, device, autocast):
     """preview.png: a row a class (ten at most) from noise that is always the same."""
-    classes = min(10, model.classes)
-    y = torch.arange(classes, device=device).repeat_interleave(10)
+    columns = 10 if ae.image_size <= 64 else 2
+    y = torch.arange(min(10, model.classes), device=device).repeat_interleave(columns)
     noise = torch.randn(100, model.channels, *[ae.image_size // ae.patch] * 2,
                         generator=config.generator(123))
     noise = noise[:len(y)].to(device)
@@ -405,7 +405,7 @@ def preview(c, model, ae, device, autocast):
         z = euler(guided(model, y, model.classes, c.preview_scale), noise, 10,
                   resolve_shift(c.sample_shift, ae))
         images = ae.decode(z)
-    save_grid(Path(c.out) / "preview.png", to_uint8(images), 10)
+    save_grid(Path(c.out) / "preview.png", to_uint8(images), columns)
 
 
 def main(argv=None):

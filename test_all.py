@@ -1453,7 +1453,7 @@ def test_the_debug_chain_writes_what_it_promises(work):
     assert cache.shape == (2, 1000, encoder.latent_dim, 4, 4) and cache.dtype == np.float16
     for flipped in (0, 1):                                        # plain and mirrored
         z = encoder.encode(data.to_float(x.numpy(), slice(None), torch.tensor(bool(flipped))))
-        assert (torch.from_numpy(cache[flipped, :6]).float() - z).abs().mean() < 0.03
+        assert (torch.tensor(cache[flipped, :6]).float() - z).abs().mean() < 0.03
     again = run("ae.py", "--preset", "debug", cwd=work)
     assert again.returncode == 0 and "finished at step 20" in again.stdout
 
