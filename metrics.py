@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import config as plumbing
+import config
 from config import Stop, field, require                   # require raises ValueError
 from data import SHAPE_NAMES, shapes
 
@@ -251,7 +251,7 @@ class Judge(nn.Module):
 
 def load_judge(path=JUDGE, device="cpu"):
     """The trained judge, in eval mode and frozen.  UserError: no file, or not a judge's."""
-    checkpoint = plumbing.load_kind(path, "judge", "python metrics.py")
+    checkpoint = config.load_kind(path, "judge", "python metrics.py")
     judge = Judge(checkpoint["config"]["width"], checkpoint["config"]["size"])
     judge.load_state_dict(checkpoint["model"])            # strict; half precision on disk
     return judge.eval().requires_grad_(False).to(device)
@@ -315,7 +315,7 @@ class JudgeConfig:
     overwrite: bool = field(False, "start afresh, whatever is there")
 
     def check(self):
-        plumbing.check_shared(self)
+        config.check_shared(self)
         for name, least in dict(size=8, count=10, width=1).items():
             require(getattr(self, name) >= least, f"--{name} must be at least {least}")
 
@@ -349,18 +349,18 @@ def augment(images, g):
 
 def main(argv=None):
     """Train the judge, or go on with an unfinished run; UserError for what the user can mend."""
-    c = plumbing.parse(JudgeConfig, PRESETS, argv)
+    c = config.parse(JudgeConfig, PRESETS, argv)
     done, unfinished = Path(c.out) / "judge.pt", Path(c.out) / "judge_train.pt"
     if done.exists() and not unfinished.exists() and not c.overwrite:
-        old = plumbing.load_kind(done, "judge", "python metrics.py")
+        old = config.load_kind(done, "judge", "python metrics.py")
         print(f"{done}: finished, accuracy {old['accuracy']:.4f}; --overwrite trains it afresh")
         return
     if c.overwrite:
         unfinished.unlink(missing_ok=True)
     # where both are, somebody said --overwrite: the unfinished run is the newer one
-    checkpoint = plumbing.resume(unfinished, "judge_train", c, "python metrics.py")
+    checkpoint = config.resume(unfinished, "judge_train", c, "python metrics.py")
 
-    device, autocast = plumbing.setup(c.device)
+    device, autocast = config.setup(c.device)
     torch.manual_seed(c.seed)
     model = Judge(c.width, c.size).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=0.05)
@@ -371,21 +371,21 @@ def main(argv=None):
         start, seconds = checkpoint["step"], checkpoint["seconds"]
     begin, steps = time.time() - seconds, max(start, c.steps)
     # what the weights depend on, and not where they were made
-    about = dict(version=plumbing.VERSION,
-                 config={k: v for k, v in plumbing.plain(c).items() if k not in plumbing.FREE})
+    about = dict(version=config.VERSION,
+                 config={k: v for k, v in config.plain(c).items() if k not in config.FREE})
 
     images, labels, _ = shapes(c.count, c.size, seed=0)   # as load_images("shapes", ..., "train")
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"judge: {parameters:,} parameters; {plumbing.describe(device)}\n"
+    print(f"judge: {parameters:,} parameters; {config.describe(device)}\n"
           f"data: shapes, {c.count:,} pictures of {c.size} x {c.size}\n"
           f"flags: {', '.join(f'{k}={getattr(c, k)}' for k in c.said) or 'as the preset'}\n"
           f"checkpoint: {unfinished}, every {c.save_every} of {steps} steps", flush=True)
 
     with Stop() as stop:
-        bar = plumbing.progress(start, steps, "judge")
+        bar = config.progress(start, steps, "judge")
         for step in bar:
             # the batch is a function of (seed, step): a resumed run sees what an unbroken one sees
-            g = plumbing.generator(c.seed, step)
+            g = config.generator(c.seed, step)
             chosen = torch.randint(c.count, (c.batch,), generator=g)
             x = augment(images[chosen], g).to(device, memory_format=torch.channels_last)
             rise, fall = (step + 1) / (0.15 * steps), (1 - step / steps) / 0.85
@@ -399,11 +399,11 @@ def main(argv=None):
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
             if stop.asked or (step + 1) % c.save_every == 0 and step + 1 < steps:
-                plumbing.save(unfinished, dict(
+                config.save(unfinished, dict(
                     kind="judge_train", **about, step=step + 1, seconds=time.time() - begin,
                     model=model.state_dict(), optimizer=optimizer.state_dict()))
             if stop.asked:
-                plumbing.stopped(unfinished, step + 1)
+                config.stopped(unfinished, step + 1)
 
     # measured as it ships: half precision on disk, float32 in use
     half = {k: v.cpu().half() if v.is_floating_point() else v.cpu()
@@ -411,12 +411,12 @@ def main(argv=None):
     model.load_state_dict(half)
     fresh, truth, _ = shapes(c.count // 10, c.size, seed=1)
     accuracy = (judge_images(model.eval(), fresh)[1] == truth).double().mean().item()
-    plumbing.save(done, dict(kind="judge", **about, step=steps, accuracy=accuracy, model=half))
+    config.save(done, dict(kind="judge", **about, step=steps, accuracy=accuracy, model=half))
     unfinished.unlink(missing_ok=True)
     print(f"accuracy: {accuracy:.4f}\nminutes: {(time.time() - begin) / 60:.2f}\n"
           f"parameters: {parameters}\nfile: {done}")
 
 
 if __name__ == "__main__":
-    with plumbing.one_line_errors():
+    with config.one_line_errors():
         main()
