@@ -28,13 +28,14 @@ torch.set_num_threads(1)                 # small sums: a second thread only wait
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
-    """A folder where the three stages have run on `--preset debug`."""
+    """A folder where the README's first command has run, on `--preset debug`."""
     folder = tmp_path_factory.mktemp("work")
-    for command in ("ae.py", "dit.py", "sample.py"):
-        began = time.time()
+    first = next(line for line in README.splitlines() if line.startswith("pip install"))
+    scripts = re.findall(r"python (\w+\.py)", first)
+    assert scripts == ["ae.py", "dit.py", "sample.py"]
+    for command in scripts:
         result = run(command, "--preset", "debug", cwd=folder)
         assert result.returncode == 0, result.stderr
-        assert time.time() - began < 60                 # under 20 s on a free machine
     return folder
 
 
@@ -1669,11 +1670,10 @@ def test_import_direction_and_the_five_packages():
 
 
 def test_importing_does_no_work(tmp_path):
-    code = "import sys, time; import torch; t = time.time(); " + "; ".join(
-        f"import {m}" for m in ORDER) + "; print(time.time() - t)"
+    code = "; ".join(f"import {m}" for m in ORDER)
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
                             capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert result.returncode == 0 and float(result.stdout) < 5 and not os.listdir(tmp_path)
+    assert result.returncode == 0 and not result.stdout and not os.listdir(tmp_path)
 
 
 README = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
