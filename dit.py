@@ -313,8 +313,7 @@ def train(c):
                 x1 = ae.encode(x)
         else:
             x1 = torch.from_numpy(latents[flip[mine].numpy(), index[mine].numpy()])
-        noise = config.generator(c.seed + 1_000_000, step * config.world() + config.rank(),
-                                   device)
+        noise = config.generator(c.seed + 1_000_000, step * config.world() + config.rank(), device)
         return x1.to(device, non_blocking=True).float(), y[mine].to(device), noise
 
     began = time.time()
@@ -350,12 +349,12 @@ def train(c):
                 bar.set_postfix_str(f"loss {mean:.4f}, by quarter of t: {shown}")
                 result = mean.item(), shown
                 bins.zero_()
-            if ((step + 1) % c.preview_every == 0 or last) and config.rank() == 0:
-                preview(c, ema, ae, device, autocast)
             if saving or last:
                 save(step + 1)
                 if stop.asked and not last:
                     config.stopped(path, step + 1)
+            if ((step + 1) % c.preview_every == 0 or last) and config.rank() == 0:
+                preview(c, ema, ae, device, autocast)
     seconds = time.time() - began
     print(f"seconds: {seconds:.0f}\nloss: {result[0]:.4f}\nloss_by_quarter_of_t: {result[1]}")
     print(f"latents_per_second: {c.batch * (c.steps - start) / seconds:.0f}")

@@ -63,7 +63,8 @@ class Config:
                 "--sweep must be whole numbers with commas between, such as 1,2,5,10")
 
 
-PRESETS = {"shapes": dict(), "debug": dict(steps=2, columns=2, n=100)}
+PRESETS = {"shapes": dict(), "debug": dict(steps=2, columns=2, n=100),
+           "imagenette": dict(steps=25, columns=4, batch=16)}      # not run on real weights
 
 # ---------------------------------------------------------------- the sampler
 
