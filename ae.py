@@ -5,7 +5,7 @@ fine detail.  A small residual ViT adds a few channels that carry the rest; thei
 to DINO's so that they do not drown the semantic ones or be drowned; a convolutional decoder turns
 the concatenation back into pixels (SVG, arXiv 2510.15301, section 3.2 and Figure 5).
 
-    python ae.py                          # shapes, 32 px
+    python ae.py                          # shapes, 32 px; 3.9 minutes on two CPU cores
     python ae.py --latent vae --out out/vae   # the baseline: a KL-VAE of the same networks
     python ae.py --data ~/pictures --size 64  # a folder with one sub-folder a class
 
@@ -100,7 +100,9 @@ class Config:
 
 
 PRESETS = {
+    # 2 CPU cores (AMD EPYC), seed 0, 3.9 min: 26.0 dB, SSIM .733; the judge knows .998 of 1,000.
     "shapes": dict(),
+    # 2 CPU cores, 6 s: noise, but every file.
     "debug": dict(images=1000, steps=20, batch=16, ch=16, enc_dim=32, enc_depth=1, enc_stem=8,
                   warmup=5, save_every=10),
     # The paper's sizes and optimiser at 256 px, on 9,469 pictures. Not trained here: no weights.
