@@ -41,12 +41,13 @@ def parse(cls, presets, argv=None):
     for f in dataclasses.fields(cls):
         options = dict(help=f"{f.metadata.get('help', '')} (default: {f.default!r})",
                        default=argparse.SUPPRESS)          # absent = the user did not say
-        if isinstance(f.default, bool):
+        kind = f.type if isinstance(f.type, type) else type(f.default)
+        if kind is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
             continue
         choices = f.metadata.get("choices") or (sorted(presets) if f.name == "preset" else None)
-        parser.add_argument(f"--{f.name}", type=_finite(type(f.default)), choices=choices,
-                            metavar=None if choices else type(f.default).__name__.upper(),
+        parser.add_argument(f"--{f.name}", type=_finite(kind), choices=choices,
+                            metavar=None if choices else kind.__name__.upper(),
                             **options)
     said = vars(parser.parse_args(argv))
     names = {f.name: f.default for f in dataclasses.fields(cls)}
