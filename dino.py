@@ -100,6 +100,8 @@ def attention(q, k, v):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions: x (B, P, D) -> (B, P, D)."""
+
     def __init__(self, c):
         super().__init__()
         self.heads = c.heads
@@ -119,6 +121,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The plain feed-forward: Linear, GELU (erf), Linear."""
+
     def __init__(self, c):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(c.dim, c.hidden), nn.Linear(c.hidden, c.dim)
@@ -128,6 +132,8 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """The gated feed-forward of the "+" models: w3(silu(w1 x) * w2 x)."""
+
     def __init__(self, c):
         super().__init__()
         self.w1, self.w2 = nn.Linear(c.dim, c.hidden), nn.Linear(c.dim, c.hidden)
@@ -138,6 +144,8 @@ class SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
+    """A learned gain a channel on each branch, 0.1 at first."""
+
     def __init__(self, dim):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), 0.1))
@@ -147,6 +155,8 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm: x + ls1(attn(norm1 x)), then x + ls2(mlp(norm2 x))."""
+
     def __init__(self, c):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(c.dim, eps=1e-5), nn.LayerNorm(c.dim, eps=1e-5)
