@@ -7,7 +7,7 @@ order of the rows, or on the precision of the network around it: all of it is fl
 The judge is a small CNN trained on the labels of `shapes`.  It shares nothing with the encoder, so
 that the model that is measured cannot move the ruler.  It ships as weights/judge.pt; to make it:
 
-    python metrics.py --out out/judge     # 2 CPU cores: about a minute
+    python metrics.py --out out/judge     # 2 CPU cores: 44 s
     python metrics.py --preset debug      # the same path in seconds, to out/debug
 
 The paper's FID and rFID (Tables 1 and 3) are `frechet` on Inception features; here the features

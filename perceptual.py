@@ -19,7 +19,7 @@ from fetch import cache, fetch
 LEVELS = [(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)]     # channels, convolutions of each
 
 VGG = dict(
-    url="https://download.pytorch.org/models/vgg16-397923af.pth", size=553_433_881,
+    url="https://download.pytorch.org/models/vgg16-397923af.pth",
     sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0")
 HEADS = dict(
     url="https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/"

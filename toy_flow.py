@@ -1,6 +1,6 @@
 """Why separable classes need fewer steps: the paper's Figure 3, as a controlled experiment in 2-D.
 
-    python toy_flow.py                   about 40 s on a laptop's CPU; a GPU would not help
+    python toy_flow.py                   28 s on one CPU core; a GPU would not help
     python toy_flow.py --preset debug    the same path in a few seconds
 
 The targets are sixteen small Gaussians on a 4 x 4 grid, the source is the noise N(0, I) among
@@ -50,7 +50,7 @@ class Config:
 
 
 PRESETS = dict(
-    # One CPU core, 35 s, exact flow, separable / entangled: consistency .973 +-.002 / .048 +-.016,
+    # One CPU core, 28 s, exact flow, separable / entangled: consistency .973 +-.002 / .048 +-.016,
     # straightness .955 +-.001 / .757 +-.002, distance at 5 steps .138 +-.002 / .711 +-.033.
     default=dict(),
     # One CPU core, 5 s: the exact flow as above, the MLPs hardly trained.
