@@ -52,6 +52,11 @@ class Config:
                         "KL-VAE of the same networks", ("svg", "dino", "unaligned", "vae"))
     residual_dim: int = field(16, "channels of the residual (paper: 8)")
     mask_prob: float = field(0.1, "share of samples that train without residual (code: .1)")
+    layer: int = field(0, "the encoder's block whose tokens are taken; 0: the last (paper: last)")
+    normalise: str = field("channel", "what the finished latents are divided by: each channel's "
+                           "own standard deviation, or one scalar", ("channel", "scalar"))
+    noise: float = field(0.0, "noise on the latents that the decoder learns from, in their own "
+                         "standard deviations (RAE: 0.8)")
     # --------------------------------------------------------------
     enc_dim: int = field(96, "width of the residual ViT (paper: 384)")
     enc_depth: int = field(4, "depth of the residual ViT (paper: 6)")
@@ -90,12 +95,13 @@ class Config:
         require(self.residual_dim >= 1, "--residual_dim must be at least 1, or --latent dino")
         require(self.vae_dim >= 1, "--vae_dim must be at least 1")
         require(0 <= self.mask_prob < 1, "--mask_prob must be in [0, 1)")
+        require(self.layer >= 0, "--layer counts from 1; 0 is the last")
         require(self.ch % 8 == 0 and self.ch > 0, "--ch must be a positive multiple of 8")
         require(all(m.strip().isdigit() and int(m) > 0 for m in self.mult.split(",")),
                 "--mult must be whole numbers with commas between, such as 1,2,4,4")
         require(self.enc_dim % 32 == 0 and self.enc_dim > 0, "--enc_dim must be a multiple of 32")
         require(0 <= self.ema < 1, "--ema must be in [0, 1)")
-        for name in ("perceptual", "gan", "kl", "clip"):
+        for name in ("perceptual", "gan", "kl", "clip", "noise"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
 
 
@@ -252,7 +258,7 @@ class AutoEncoder(nn.Module):
         if c.size % encoder.patch:
             raise UserError(f"--size {c.size} is no multiple of the patch, {encoder.patch}")
         self.latent, self.patch, self.image_size = c.latent, encoder.patch, c.size
-        self.mask_prob = c.mask_prob
+        self.mask_prob, self.layer, self.noise = c.mask_prob, c.layer, c.noise
         self.dino = encoder.freeze()
         if c.latent == "vae":
             self.latent_dim = c.vae_dim
@@ -281,7 +287,7 @@ class AutoEncoder(nn.Module):
                 mean = mean + (0.5 * logvar).exp() * noise
             return mean, kl
         with torch.no_grad():
-            h = self.dino(self.dino.normalize(images))[0].float()              # (B, N, D)
+            h = self.semantics(self.dino.normalize(images)).float()            # (B, N, D)
         if self.latent == "dino":
             return h, kl
         r = self.residual(images).float()                                      # (B, N, R)
@@ -294,6 +300,18 @@ class AutoEncoder(nn.Module):
             r = self.match(r, h)
         return torch.cat([h, r], -1), kl                                       # (B, N, D + R)
 
+    def semantics(self, pixels):
+        """Normalised pixels (B, 3, H, W) -> the frozen encoder's tokens (B, N, D), of the last
+        block or of an earlier one (Table 6)."""
+        if not self.layer:
+            return self.dino(pixels)[0]
+        blocks = self.dino.features(pixels)
+        if self.layer > len(blocks):
+            raise UserError(f"--layer {self.layer}: this encoder has {len(blocks)} blocks")
+        N = pixels.shape[2] * pixels.shape[3] // self.patch ** 2
+        # the final norm's scales belong to the last block: here each token is normalised plainly
+        return F.layer_norm(blocks[self.layer - 1][:, -N:], (self.dino.dim,))
+
     def grid(self, tokens, images):
         """Tokens (B, N, C) -> map (B, C, h, w)"""
         h, w = images.shape[-2] // self.patch, images.shape[-1] // self.patch
@@ -302,6 +320,11 @@ class AutoEncoder(nn.Module):
     def forward(self, images, generator=None):
         """The training pass: pictures -> reconstruction (unbounded), KL."""
         tokens, kl = self.tokens(images, generator)
+        if self.training and self.noise:
+            # sigma |N(0, tau^2)| a picture (RAE, section 4.3): a sampler's latents are never exact
+            draw = lambda *shape: torch.randn(shape, generator=generator).to(tokens.device)
+            sigma = self.noise * draw(len(tokens), 1, 1).abs()
+            tokens = tokens + sigma * tokens.detach().std((0, 1)) * draw(*tokens.shape)
         return self.decoder(self.grid(tokens, images)).float(), kl
 
     @torch.no_grad()
@@ -499,7 +522,7 @@ def train(c):
                     config.stopped(path, step + 1)
     for p, mean in zip(trained, average):
         p.data.copy_(mean)
-    measure_statistics(model.eval(), images, autocast, device)
+    measure_statistics(model.eval(), images, autocast, device, c.normalise == "scalar")
     model.fingerprint = config.fingerprint(model.state_dict())
     save(c.steps, model.fingerprint)
     print(f"seconds: {time.time() - began:.0f}")
@@ -527,8 +550,9 @@ def announce(c, device, model, pictures, classes):
 
 
 @torch.no_grad()
-def measure_statistics(model, images, autocast, device, most=20000):
-    """Fill `mean` and `std`, per channel over the training pictures, as at evaluation."""
+def measure_statistics(model, images, autocast, device, scalar=False, most=20000):
+    """Fill `mean` and `std`, per channel over the training pictures, as at evaluation; or one of
+    each for all channels, which leaves the channels' different scales to the DiT."""
     first = second = 0.0
     count = 0
     for start in range(0, min(most, len(images)), 500):
@@ -536,9 +560,11 @@ def measure_statistics(model, images, autocast, device, most=20000):
         with autocast():
             z = model.tokens(x)[0].double().flatten(0, 1)                      # (B N, C)
         first, second, count = first + z.sum(0), second + z.square().sum(0), count + len(z)
-    mean = first / count
+    mean, square = first / count, second / count
+    if scalar:
+        mean, square = mean.mean().expand_as(mean), square.mean().expand_as(square)
     model.mean.copy_(mean.view(-1, 1, 1))
-    model.std.copy_((second / count - mean.square()).clamp(min=1e-8).sqrt().view(-1, 1, 1))
+    model.std.copy_((square - mean.square()).clamp(min=1e-8).sqrt().view(-1, 1, 1))
 
 
 @torch.no_grad()

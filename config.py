@@ -244,7 +244,7 @@ def fingerprint(state):
 
 # ---------------------------------------------------------------- a run that can be killed
 
-FREE = {"steps", "save_every", "device", "overwrite", "out", "preset"}    # may differ on resuming
+FREE = {"steps", "save_every", "keep", "device", "overwrite", "out", "preset"}    # may differ on resuming
 
 
 def resume(path, kind, config, maker):

@@ -74,6 +74,7 @@ SHAPES = {
     "arrow": lambda p: _union(_box(p, 0.5, 0.22, -0.42, 0.0),
                               _polygon(p, [(0.98, 0.0), (-0.02, -0.76), (-0.02, 0.76)])),
     "bars": lambda p: _union(*(_box(p, 0.85, 0.18, 0.0, c) for c in (-0.64, 0.0, 0.64))),
+    # ---- EXERCISE 5: an eleventh shape, and another VERSION ----
 }
 SHAPE_NAMES = tuple(SHAPES)
 

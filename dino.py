@@ -621,6 +621,8 @@ class Config:
     seed: int = field(0, "all randomness is a function of (seed, step)")
     device: str = field("auto", "cuda, cpu, ...; auto takes a GPU when there is one")
     save_every: int = field(200, "steps between checkpoints")
+    keep: str = field("", "steps, with commas between, before which the encoder is kept for good, "
+                      "as dino_tiny_<step>.pt; 0 is the random one")
     overwrite: bool = field(False, "train anew over a finished file")
 
     def check(self):
@@ -634,6 +636,8 @@ class Config:
         require(self.size % self.patch == 0 and self.size > 0,
                        "--size must be a multiple of --patch")
         require(self.temperature > 0, "--temperature must be positive")
+        require(all(k.strip().isdigit() for k in self.keep.split(",") if self.keep),
+                "--keep must be whole numbers with commas between, such as 0,200,800")
 
 
 PRESETS = {
@@ -755,10 +759,19 @@ def train(c):
     images = shapes(c.images, c.size, seed=3)[0].numpy()
     print(f"pretraining on {config.describe(device)}: {c.images:,} unlabelled pictures; encoder "
           f"{sum(p.numel() for p in ema.parameters()) / 1e6:.2f} M; {c.steps} steps of {c.batch}")
-    began = time.time()
+    began, kept = time.time(), {int(k) for k in c.keep.split(",") if k}
+
+    def write(path):
+        config.save(path, dict(
+            kind="dino", version=config.VERSION, config=vars(ema.config),
+            pretraining=config.plain(c), minutes=minutes,
+            model={k: v.half() for k, v in ema.state_dict().items()}))
+
     with config.Stop() as stop:
         bar = config.progress(start, c.steps, "dino")
         for step in bar:
+            if step in kept:
+                write(path.with_name(f"dino_tiny_{step}.pt"))
             g = config.generator(c.seed, step)
             index = torch.randint(len(images), (c.batch,), generator=g)
             x = to_float(images, index, None, device)
@@ -788,9 +801,7 @@ def train(c):
                 if stop.asked and step + 1 < c.steps:
                     config.stopped(state_path, step + 1)
     minutes += (time.time() - began) / 60
-    config.save(path, dict(
-        kind="dino", version=config.VERSION, config=vars(ema.config), pretraining=config.plain(c),
-        minutes=minutes, model={k: v.half() for k, v in ema.state_dict().items()}))
+    write(path)
     state_path.unlink(missing_ok=True)
     print(f"wrote {path}: {path.stat().st_size / 1e6:.2f} MB\nminutes: {minutes:.1f}")
     for name, value in measure(load_dino(path, device), c.size).items():

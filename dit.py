@@ -61,6 +61,8 @@ class Config:
     seed: int = field(0, "all randomness is a function of (seed, step)")
     device: str = field("auto", "cuda, cpu, ...; auto takes a GPU when there is one")
     save_every: int = field(500, "steps between checkpoints")
+    keep: str = field("", "steps, with commas between, after which the averaged weights are kept "
+                      "for good, as dit_<step>.pt")
     overwrite: bool = field(False, "start afresh over what is in --out")
 
     def check(self):
@@ -81,6 +83,8 @@ class Config:
         require(0 <= self.drop < 1, "--drop must be in [0, 1)")
         require(0 <= self.ema < 1, "--ema must be in [0, 1)")
         require(self.preview_every >= 1, "--preview_every must be at least 1")
+        require(all(k.strip().isdigit() for k in self.keep.split(",") if self.keep),
+                "--keep must be whole numbers with commas between, such as 500,1000")
 
 
 SIZES = {                      # width, depth, heads; parameters at 392 channels
@@ -293,13 +297,12 @@ def train(c):
         optimizer.load_state_dict(checkpoint["optimizer"])
     announce(c, device, model, ae, len(labels), shift)
 
-    def save(step):
+    def save(path, step, **state):
         if config.rank() == 0:
             config.save(path, dict(
                 kind="dit", version=config.VERSION, config=config.plain(c), step=step,
                 channels=model.channels, classes=model.classes, ae=ae.fingerprint,
-                sample_shift=sample_shift,
-                model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
+                sample_shift=sample_shift, ema=ema.state_dict(), **state))
 
     def batch(step):
         """This step's latents and labels, drawn by its own generator -> x1 (B, C, h, w), y (B,)"""
@@ -318,7 +321,7 @@ def train(c):
         noise = config.generator(c.seed + 1_000_000, step * config.world() + config.rank(), device)
         return x1.to(device, non_blocking=True).float(), y[mine].to(device), noise
 
-    began = time.time()
+    began, kept = time.time(), {int(k) for k in c.keep.split(",") if k}
     bins = torch.zeros(2, 4, device=device)                        # loss and count by quarter of t
     with Stop() as stop:
         bar = config.progress(start, c.steps, "dit")
@@ -351,8 +354,10 @@ def train(c):
                 bar.set_postfix_str(f"loss {mean:.4f}, by quarter of t: {shown}")
                 result = mean.item(), shown
                 bins.zero_()
+            if step + 1 in kept:
+                save(out / f"dit_{step + 1}.pt", step + 1)
             if saving or last:
-                save(step + 1)
+                save(path, step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
                 if stop.asked and not last:
                     config.stopped(path, step + 1)
             if ((step + 1) % c.preview_every == 0 or last) and config.rank() == 0:

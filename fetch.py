@@ -37,20 +37,26 @@ def cache():
 
 
 @contextlib.contextmanager
-def alone(path):
+def alone(path, wait=True):
     """Holds off every other process that makes the same `path`: ranks, or a second run.  Look
-    again inside whether it is there by now.  The system frees the lock of a process that dies."""
+    again inside whether it is there by now.  The system frees the lock of a process that dies.
+    Gives whether the lock is held: without `wait`, False at once where another process has it."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_name(f".{path.name}.lock"), "w")
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be written to ({error.strerror})") from None
+    mine = True
     with lock:
         if fcntl:
-            with contextlib.suppress(OSError):             # some network drives have no locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                mine = False
+            except OSError:                                    # some network drives have no locks
+                pass
+        yield mine
 
 # ---------------------------------------------------------------- one file
 

@@ -30,6 +30,7 @@ def auto_shift(tokens, channels):
 def draw(x1, shift=1.0, generator=None):
     """The random half of a training pair for data x1 (B, ...) -> noise x0 (B, ...), time t (B,):
     t ~ U(0, 1), then shifted."""
+    # ---- EXERCISE 1: times from a logit-normal ----
     t = shift_time(torch.rand(len(x1), generator=generator, device=x1.device), shift)
     return torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype), t
 
@@ -58,6 +59,7 @@ def guided(model, y, null, scale, t_range=(0.0, 1.0)):
 
     def velocity(x, t):
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+        # ---- EXERCISE 3: a scale that is a function of t ----
         if scale == 1 or not t_range[0] <= float(t[0]) < t_range[1]:
             return model(x, t, y)
         both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nothing]))
@@ -66,7 +68,11 @@ def guided(model, y, null, scale, t_range=(0.0, 1.0)):
     return velocity
 
 
-def _times(steps, shift):
+# ---- EXERCISE 10: guided_star; EXERCISE 11: an early model in the place of no class ----
+
+
+def times(steps, shift=1.0):
+    """The steps + 1 times of a sampler, from exactly 0 (noise) to exactly 1 (data), shifted."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     return shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
@@ -81,11 +87,11 @@ def _state(x):
 def euler(velocity, x, steps, shift=1.0, callback=None):
     """Integrate from noise x (B, ...) at t = 0 to data at t = 1: `steps` model calls on steps + 1
     times.  callback(i, t, x), if any, sees every state, the first and the last included."""
-    x, times = _state(x), _times(steps, shift)
+    x, at = _state(x), times(steps, shift)
     for i in range(steps):
         if callback:
-            callback(i, times[i], x)
-        x = x + (times[i + 1] - times[i]) * velocity(x, times[i]).to(x.dtype)
+            callback(i, at[i], x)
+        x = x + (at[i + 1] - at[i]) * velocity(x, at[i]).to(x.dtype)
     if callback:
         callback(steps, 1.0, x)
     return x
@@ -95,14 +101,17 @@ def euler(velocity, x, steps, shift=1.0, callback=None):
 def heun(velocity, x, steps, shift=1.0, callback=None):
     """As `euler`, but each step averages the velocities at its two ends: second order, 2 * steps
     model calls."""
-    x, times = _state(x), _times(steps, shift)
+    x, at = _state(x), times(steps, shift)
     for i in range(steps):
         if callback:
-            callback(i, times[i], x)
-        dt = times[i + 1] - times[i]
-        here = velocity(x, times[i]).to(x.dtype)
-        there = velocity(x + dt * here, times[i + 1]).to(x.dtype)
+            callback(i, at[i], x)
+        dt = at[i + 1] - at[i]
+        here = velocity(x, at[i]).to(x.dtype)
+        there = velocity(x + dt * here, at[i + 1]).to(x.dtype)
         x = x + dt / 2 * (here + there)
     if callback:
         callback(steps, 1.0, x)
     return x
+
+
+# ---- EXERCISE 2: midpoint, second order as heun is ----

@@ -13,7 +13,7 @@ that the model that is measured cannot move the ruler.  It ships as weights/judg
 The paper's FID and rFID (Tables 1 and 3) are `frechet` on Inception features; here the features
 are the judge's, so the numbers compare with one another and not with the paper's.
 """
-import time
+import math, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,6 +171,8 @@ def energy_distance(a, b):
             - _mean_pairs(distance, b)).item()
 
 
+# ---- EXERCISE 6: recall(real, fake, k), and a line for it in `score` ----
+
 # ---------------------------------------------------------------- features against labels
 
 
@@ -195,14 +197,20 @@ def knn(train_x, train_y, test_x, test_y, k=20):
 
 
 def linear_probe(train_x, train_y, test_x, test_y):
-    """Accuracy in [0, 1] of a linear classifier; features (n, d), (m, d), labels (n,), (m,).
+    """Accuracy in [0, 1] of a linear classifier; features (n, d), (m, d), labels (n,), (m,)."""
+    found = linear_classes(train_x, train_y, test_x)
+    return (found == _labels(test_y, found)).double().mean().item()
+
+
+def linear_classes(train_x, train_y, test_x):
+    """A linear classifier of features (n, d) with labels (n,) -> its classes (m,) for (m, d).
 
     Logistic regression on standardised features, 1e-4 |W|^2, at most 200 steps of LBFGS from zero:
     convex, hence the same for every seed.  ValueError: shapes, fewer than two rows, NaN.
     """
     with torch.inference_mode(False), torch.enable_grad():      # even where gradients are off
         train, test = (x.clone() for x in _features(train_x, test_x, least=(2, 1)))
-        train_y, test_y = _labels(train_y, train).clone(), _labels(test_y, test)
+        train_y = _labels(train_y, train).clone()
         mean, std = train.mean(0), train.std(0) + 1e-6
         train, test = (train - mean) / std, (test - mean) / std
         W = train.new_zeros(int(train_y.max()) + 1, train.shape[1]).requires_grad_()
@@ -216,7 +224,63 @@ def linear_probe(train_x, train_y, test_x, test_y):
             return loss
 
         solver.step(closure)
-        return (F.linear(test, W, bias).argmax(1) == test_y).double().mean().item()
+        return F.linear(test, W, bias).argmax(1)
+
+
+def mean_iou(found, truth, classes):
+    """Segmentation: classes (n,) found and true -> the mean over classes of intersection over
+    union, in [0, 1]; a class that neither has is left out.  ValueError: shapes, no class at all."""
+    found = torch.as_tensor(found)
+    truth = _labels(truth, found)
+    pairs = torch.bincount(truth * classes + found, minlength=classes ** 2).view(classes, classes)
+    both = pairs.diagonal().double()
+    either = pairs.sum(0) + pairs.sum(1) - both
+    require((either > 0).any(), "there is no class to compare")
+    return (both / either)[either > 0].mean().item()
+
+
+# ---------------------------------------------------------------- maps of features
+
+
+def pca(x, dims=2):
+    """Features (n, d) -> their coordinates (n, dims) along the directions of most variance."""
+    x, _ = _features(x, x)
+    x = x - x.mean(0)
+    return x @ torch.linalg.eigh(x.T @ x)[1][:, -dims:].flip(1)
+
+
+def tsne(x, perplexity=30.0, steps=500, seed=0):
+    """Features (n, d) -> a map (n, 2) that keeps neighbours together (van der Maaten and Hinton
+    2008), exact: every pair counts, so 1,000 points take seconds and 10,000 a quarter of an hour.
+
+    Distances within the map mean little between groups; that a group is one does.
+    """
+    x, _ = _features(x, x, least=(4, 4))
+    n, high = len(x), torch.cdist(x, x).square()
+    require(1 < perplexity < n, f"perplexity must lie between 1 and {n} points")
+    # each point's Gaussian is as wide as it takes to have `perplexity` neighbours: bisection
+    low, up, wanted = x.new_full((n, 1), -30.0), x.new_full((n, 1), 30.0), math.log(perplexity)
+    high = high / high.mean()
+    for _ in range(50):
+        middle = (low + up) / 2                                                   # log of 1 / width
+        logits = (-high * middle.exp()).fill_diagonal_(-torch.inf)
+        log_p = logits.log_softmax(1)
+        p = log_p.exp()
+        entropy = -(p * log_p.nan_to_num(neginf=0.0)).sum(1, keepdim=True)
+        low, up = torch.where(entropy > wanted, middle, low), torch.where(
+            entropy > wanted, up, middle)
+    p = ((p + p.T) / (2 * n)).clamp(min=1e-12)
+    y = pca(x)
+    y = (y / y[:, :1].std() * 1e-4).float()
+    p, moved = p.float(), torch.zeros_like(y)
+    for step in range(steps):
+        near = 1 / (1 + torch.cdist(y, y).square()).fill_diagonal_(torch.inf)     # Student's t
+        q = near / near.sum()
+        pull = (p * (12 if step < steps // 4 else 1) - q) * near                  # exaggerated first
+        gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
+        moved = (0.5 if step < steps // 4 else 0.8) * moved - n / 12 * gradient
+        y = y + moved
+    return y
 
 
 # ---------------------------------------------------------------- the judge

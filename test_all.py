@@ -1433,7 +1433,12 @@ def test_parse_flag_over_preset_over_default():
     ("ae.py", ["--latent", "gan"], "--latent"), ("ae.py", ["--preset", "none"], "--preset"),
     ("ae.py", ["--steps", "0"], "--steps"), ("dit.py", ["--dim", "100", "--heads", "3"], "--heads"),
     ("sample.py", ["--sweep", "1,x"], "--sweep"), ("sample.py", ["--dim", "64"], "--dim"),
-    ("sample.py", ["--t_lo", "0.9", "--t_hi", "0.1"], "--t_lo")])
+    ("sample.py", ["--t_lo", "0.9", "--t_hi", "0.1"], "--t_lo"),
+    ("sample.py", ["--edit", "a.png"], "--to"), ("sample.py", ["--to", "star"], "--edit"),
+    ("sample.py", ["--edit", "a.png", "--to", "star"], "--mask"),
+    ("sample.py", ["--mask", "1,1,2,2"], "--edit"), ("sample.py", ["--t_edit", "1"], "--t_edit"),
+    ("sample.py", ["--edit", "held-out", "--mask", "1,1,2,2"], "--mask"),
+    ("sample.py", ["--edit", "held-out", "--gif"], "--gif")])
 def test_bad_flags_exit_with_two_and_say_which(script, flags, word, capsys):
     module = dict(ae=ae, dit=dit, sample=sample)[script[:-3]]
     with pytest.raises(SystemExit) as stop:
@@ -1487,6 +1492,103 @@ def test_sample_writes_sweep_gif_and_npz(work):
     assert arrays["arr_0"].shape == (20, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
     assert Image.open(out / "trajectory.gif").n_frames > 10
     assert "sample_frechet:" in result.stdout and "real_frechet:" in result.stdout
+
+
+def test_slerp_turns_evenly_on_the_sphere_and_survives_parallel_noise():
+    a, b = torch.randn(2, 5, 3, 4, 4, generator=config.generator(0)).unbind(0)
+    flat = lambda x: x.flatten(1).double()
+    assert torch.allclose(sample.slerp(a, b, 0.0), a, atol=1e-6)
+    assert torch.allclose(sample.slerp(a, b, 1.0), b, atol=1e-6)
+    angle = lambda p, q: F.cosine_similarity(flat(p), flat(q)).clamp(-1, 1).acos()
+    w = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])                   # one for each sample
+    m = sample.slerp(a, b, w)
+    assert torch.allclose(angle(a, m), w * angle(a, b), atol=1e-3)
+    norm = flat(a).norm(dim=1).lerp(flat(b).norm(dim=1), w.double())
+    assert torch.allclose(flat(m).norm(dim=1), norm, rtol=1e-5) and m.dtype == a.dtype
+    assert torch.allclose(sample.slerp(a, 3 * a, 0.5), 2 * a, atol=1e-5)          # parallel
+    for other in (a, -a):                                         # no angle; no one shortest way
+        assert torch.allclose(sample.slerp(a, other, 0.25), a.lerp(other, 0.25), atol=1e-5)
+    assert sample.slerp(a[:0], b[:0], 0.5).shape == (0, 3, 4, 4)
+
+
+def test_between_two_classes_velocities_are_blended(work):
+    model, encoder = sample.load(work / "out" / "debug", "cpu")
+    between = sample.Between(model, torch.tensor([1, 1, 1]), torch.tensor([2, 2, 2]),
+                             torch.tensor([0.0, 0.5, 1.0]))
+    x, t = randn(4, model.channels, 4, 4).float(), torch.full((4,), 0.3)
+    v = between(x, t, torch.tensor([0, 1, 2, 3]))
+    pure = [model(x, t, torch.full((4,), k)) for k in (1, 2, model.classes)]
+    wanted = torch.stack([pure[0][0], (pure[0][1] + pure[1][1]) / 2, pure[1][2], pure[2][3]])
+    assert torch.allclose(v, wanted, atol=1e-5)
+    ends = sample.generate(between, encoder, [0, 2], 2, 2.0, seed=4)
+    assert torch.equal(ends, sample.generate(model, encoder, [1, 2], 2, 2.0, seed=4))
+
+
+def test_edit_keeps_what_the_mask_leaves_out(work):
+    model, encoder = sample.load(work / "out" / "debug", "cpu")
+    x = data.to_float(data.shapes(3, 32, 1)[0].numpy(), slice(None))
+    autocast, seen, decode = config.setup("cpu")[1], [], encoder.decode
+    with autocast():
+        z = encoder.encode(x)
+        plain = ae.to_uint8(encoder.decode(z))
+    labels, empty = torch.tensor([3, 4, 5]), torch.zeros(3, 32, 32)
+    for t_edit in (0.0, 0.2, 0.95):                               # exactly, wherever it turns round
+        assert torch.equal(sample.edit(model, encoder, x, empty, labels, 6, t_edit=t_edit), plain)
+    encoder.decode = lambda latents: seen.append(latents) or decode(latents)
+    corner = empty.clone()
+    corner[:, :8, :8] = 1                                         # exactly the first token
+    sample.edit(model, encoder, x, corner, labels, 6, blur=0.5)
+    changed = (seen.pop() - z).abs().amax(1) > 0                               # (B, h, w)
+    assert changed[:, 0, 0].all() and changed.sum() == 3
+    soft = sample.edit(model, encoder, x, corner, labels, 6, blur=0.5, fade=0)
+    assert ((seen.pop() - z).abs().amax(1) > 0).sum() > 3         # the rim stays open
+    full = sample.edit(model, encoder, x, empty + 1, labels, 6, seed=1)
+    assert not torch.equal(full, plain) and full.shape == soft.shape == (3, 3, 32, 32)
+    assert torch.equal(full, sample.edit(model, encoder, x, empty + 1, labels, 6, seed=1))
+    assert not torch.equal(full, sample.edit(model, encoder, x, empty + 1, labels, 6, seed=2))
+    with pytest.raises(ValueError):
+        sample.edit(model, encoder, x, empty, torch.tensor([11, 0, 0]))
+
+
+def test_the_masks_of_held_out_shapes_are_theirs(work):
+    images, labels, _, cover = data.shapes(60, 32, data.SHAPES_SPLITS["test"][1], masks=True)
+    held, truth, _ = data.load_images("shapes", 32, "test", work / "out/data")
+    assert np.array_equal(held[:60], images.numpy()) and torch.equal(truth[:60], labels)
+    assert (cover > 0).flatten(1).any(1).all()
+
+
+def test_edit_and_interpolate_on_the_command_line(work, tmp_path):
+    held = data.load_images("shapes", 32, "test", work / "out/data")[0][3]
+    Image.fromarray(held.transpose(1, 2, 0)).save(tmp_path / "held.png")
+    white = Image.new("L", (64, 64))
+    white.paste(255, (8, 8, 56, 56))
+    white.save(tmp_path / "mask.png")
+    (tmp_path / "note.txt").write_text("no picture")
+    edit = ["--preset", "debug", "--edit", tmp_path / "held.png", "--to", "star"]
+    sheet = work / "out/debug/edit.png"
+    sheets = []
+    for mask in ("4,4,28,28", tmp_path / "mask.png"):             # the same place, said twice
+        result = run("sample.py", *edit, "--mask", mask, "--source", 0, cwd=work)
+        assert result.returncode == 0 and "stage 3" not in result.stdout, result.stderr
+        sheets.append(np.asarray(Image.open(sheet)))
+    assert sheets[0].shape == (64, 8 * 64, 3) and np.array_equal(*sheets)
+    assert np.array_equal(sheets[0][::2, :64:2], held.transpose(1, 2, 0))      # the picture itself
+    result = run("sample.py", "--preset", "debug", "--edit", "held-out", "--n", 20, cwd=work)
+    assert "edit_n: 20" in result.stdout and "edit_psnr_outside_db:" in result.stdout
+    for mask, words in (("4,4,40,28", ["--mask", "box"]), ("5,5,5,9", ["--mask", "box"]),
+                        ("1,2,3", ["--mask", "box"]), ("no.png", ["--mask", "no such file"]),
+                        (tmp_path / "note.txt", ["--mask", "not a picture"])):
+        one_line(run("sample.py", *edit, "--mask", mask, cwd=work), *words)
+    Image.new("L", (9, 9)).save(tmp_path / "black.png")
+    one_line(run("sample.py", *edit, "--mask", tmp_path / "black.png", cwd=work), "--mask", "white")
+    box = ["--mask", "4,4,28,28"]
+    one_line(run("sample.py", *edit, *box, "--to", "stair", cwd=work), "--to stair", "star")
+    one_line(run("sample.py", *edit, *box, "--to", "star,disc", cwd=work), "--to", "one class")
+    one_line(run("sample.py", *edit, *box, "--source", "10", cwd=work), "--source 10")
+    one_line(run("sample.py", *edit, *box, "--edit", "no.png", cwd=work), "--edit", "no such file")
+    result = run("sample.py", "--preset", "debug", "--interpolate", "--n", 20, cwd=work)
+    assert "interpolate_slerp_accuracy:" in result.stdout, result.stderr
+    assert Image.open(work / "out/debug/interpolate.png").size == (640, 640)
 
 
 def test_without_a_cache_stage_2_encodes_as_it_goes(work, tmp_path):
@@ -1647,6 +1749,7 @@ ORDER = {                            # who may import whom: only what stands bef
     "dit": {"config", "data", "flow", "dino", "ae"},
     "sample": {"config", "data", "flow", "ae", "dit", "metrics"},
     "bench": {"config", "data", "dino", "flow", "ae", "dit"},
+    "exercises": {"config", "data", "dino", "flow", "metrics", "toy_flow", "ae", "dit", "sample"},
 }
 
 
@@ -1701,3 +1804,68 @@ def test_every_flag_of_the_readmes_commands_exists(command):
             continue
         module = __import__(Path(words[1]).stem)
         config.parse(module.Config, module.PRESETS, words[2:])
+
+
+# ---------------------------------------------------------------- exercises.py
+
+import exercises                         # here, because it is the last part of the house
+
+
+def test_twelve_exercises_are_not_yet_solved(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)                          # what the reader trained does not count
+    assert list(exercises.EXERCISES) == [f"exercise_{n}" for n in range(1, 13)]
+    for name, check in exercises.EXERCISES.items():
+        assert len(check.__doc__.splitlines()) >= 3, name
+        began = time.time()
+        assert exercises.main([name]) == 1
+        said = capsys.readouterr().out
+        assert said.startswith(f"{name}: not yet: ") and said.count("\n") == 1, said
+        assert "Error" not in said and time.time() - began < 60, said
+
+
+@pytest.mark.parametrize("n", range(1, 13))
+def test_the_lines_of_an_exercise_are_marked(n):
+    marked = {p.name for p in HERE.glob("*.py") if p.name not in ("exercises.py", "test_all.py")
+              and re.search(rf"# ---- .*EXERCISE {n}: .* ----$", p.read_text(), re.M)}
+    text = exercises.EXERCISES[f"exercise_{n}"].__doc__
+    assert marked and any(name.split(".")[0] in text for name in marked), marked
+
+
+def test_solved_exercises_pass(monkeypatch, capsys):
+    def midpoint(velocity, x, steps, shift=1.0, callback=None):
+        x, at = x if x.dtype == torch.float64 else x.float(), flow.times(steps, shift)
+        for i, (a, b) in enumerate(zip(at, at[1:])):
+            if callback:
+                callback(i, a, x)
+            x = x + (b - a) * velocity(x + (b - a) / 2 * velocity(x, a), (a + b) / 2).to(x.dtype)
+        if callback:
+            callback(steps, 1.0, x)
+        return x
+
+    def draw(x1, shift=1.0, generator=None):
+        t = torch.randn(len(x1), generator=generator).sigmoid()
+        return torch.randn(x1.shape, generator=generator), flow.shift_time(t, shift)
+
+    def recall(real, fake, k=3):
+        radii = torch.cdist(fake, fake).kthvalue(k + 1).values
+        return (torch.cdist(real, fake) <= radii).any(1).double().mean().item()
+    half = torch.tensor([0, 0, 2, 3, 0, 0, 3, 2, 2, 3, 1, 1, 3, 2, 1, 1])
+    for module, name, value in ((flow, "midpoint", midpoint), (flow, "draw", draw),
+                                (metrics, "recall", recall), (toy_flow, "SEPARABLE", half)):
+        monkeypatch.setattr(module, name, value, raising=False)
+    assert exercises.main(["exercise_1", "exercise_2", "exercise_4", "exercise_6"]) == 0
+    assert capsys.readouterr().out.count(": passed: ") == 4
+    monkeypatch.setattr(flow, "midpoint", flow.heun)     # second order too, but not the midpoint
+    assert exercises.main(["exercise_2"]) == 1 and "middle" in capsys.readouterr().out
+    monkeypatch.setattr(flow, "midpoint", lambda *a: 1 / 0)
+    assert exercises.main(["exercise_2"]) == 1 and "ZeroDivision" in capsys.readouterr().out
+
+
+def test_the_command_of_the_exercises(tmp_path):
+    result = run("test_all.py", "exercise_4", cwd=tmp_path)
+    assert result.returncode == 1 and result.stdout.startswith("exercise_4: not yet: consistency")
+    one_line(run("test_all.py", "exercise_13", cwd=tmp_path), "exercise_1,", "exercise_12", code=2)
+
+
+if __name__ == "__main__" and sys.argv[1:]:              # python test_all.py exercise_3
+    sys.exit(exercises.main(sys.argv[1:]))

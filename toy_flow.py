@@ -63,6 +63,7 @@ GRID = torch.tensor([-2.25, -0.75, 0.75, 2.25])       # in standard deviations o
 CENTERS = torch.stack([GRID.repeat(4), GRID.flip(0).repeat_interleave(4)], 1)    # (16, 2)
 SPREAD = 0.15                                         # standard deviation of a cell
 # Cells row by row, the top row first; each holds the label of its class.
+# ---- EXERCISE 4: half entangled ----
 SEPARABLE = torch.tensor([0, 0, 1, 1,  0, 0, 1, 1,  2, 2, 3, 3,  2, 2, 3, 3])
 # A small Sudoku: as even as sixteen cells allow.  The mean of every class is the origin, so that
 # one Euler step, which cannot but land on the mean, is of no use at all.
