@@ -141,6 +141,7 @@ class ResidualEncoder(nn.Module):
         return self.head(self.vit(self.vit.normalize(images))[0])
 
 
+# ---- EXERCISE 8: a mean and a spread for each channel ----
 class DistributionMatching(nn.Module):
     """r' = (r - mu_r) / sigma_r * sigma_h + mu_h: the residual's scale becomes DINO's.
 
@@ -481,6 +482,7 @@ def train(c):
                     perceptual = lpips(y, x).mean() if lpips else perceptual_loss(model.dino, y, x)
             # ---- EDIT HERE for ablations: the loss ----
             l1 = (y - x).abs().mean()
+            # ---- EXERCISE 7: the squared error in the place of l1 ----
             nll = l1 + c.perceptual * perceptual
             loss = nll + c.kl * kl
             fool = c.gan > 0 and step >= c.gan_start

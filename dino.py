@@ -670,6 +670,7 @@ def views(x, c, g):
                       padding_mode="reflection", align_corners=False)
 
     mean = x.mean((2, 3), keepdim=True)
+    # ---- EXERCISE 12: keep the colours ----
     rotation = torch.linalg.qr(torch.randn(B, 3, 3, generator=g))[0].to(x.device)
     mixed = torch.einsum("bij,bjhw->bihw", rotation, x - mean)
     mixed = mixed * uniform(1, 1, 1, low=-0.4, high=0.5).exp()

@@ -170,6 +170,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(c).chunk(6, 1)
         qkv = self.qkv(modulate(self.norm1(x), shift1, scale1))
         q, k, v = qkv.view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)     # each (B, A, N, D/A)
+        # ---- EXERCISE 9: rotate q and k ----
         y = attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
         x = x + gate1[:, None] * self.proj(y.transpose(1, 2).reshape(B, N, D))
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -207,6 +208,7 @@ class DiT(nn.Module):
     def forward(self, x, t, y):
         """x (B, C, h, w), t (B,) in [0, 1], y (B,) in 0..classes -> velocity (B, C, h, w)"""
         B, C, h, w = x.shape
+        # ---- EXERCISE 9: no positions here ----
         z = self.inp(x.flatten(2).transpose(1, 2)) + self.positions(h, w, x.device)    # (B, N, D)
         c = self.time(t) + self.label(y)                                       # (B, D)
         for block in self.blocks:

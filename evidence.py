@@ -69,7 +69,8 @@ PRESETS = {
 LATENTS = {                               # flags of ae.py
     "svg": "", "vae": "--latent vae", "dino": "--latent dino", "unaligned": "--latent unaligned",
     "noise": "--noise 0.4", "layer1": "--layer 1", "layer2": "--layer 2", "layer3": "--layer 3",
-}                                         # and "encoder<step>", "<any>_scalar"
+}                            # and "encoder<step>", "<any>_scalar", "<any>_loud": see `restate`
+LOUD = 4
 DITS = {                                  # flags of dit.py
     "base": "", "narrow": "--dim 96 --heads 4", "wide": "--dim 240 --heads 4",
     "shift1": "--shift 1", "shiftauto": "--shift auto", "shift6.67": "--shift 6.67",
@@ -179,23 +180,33 @@ def stage1(c, latent, seed):
     folder = Path(c.out) / c.preset / f"{latent}-{seed}"
     if (folder / "latents.json").is_file():
         return folder
-    name, _, scalar = latent.partition("_")
+    name, _, other = latent.partition("_")
     flags = c.ae + " " + (f"--encoder {encoder_file(c, name.removeprefix('encoder'))}"
                           if name.startswith("encoder") else LATENTS[name])
-    if scalar:                      # the same weights under other statistics: nothing to train
-        source = stage1(c, name, seed)
+    if other:                       # the same weights under other statistics: nothing to train
+        source = stage1(c, name if other == "scalar" else name + "_scalar", seed)
         flags += " --normalise scalar"
     with claim(folder):
         began, fresh = time.time(), not (folder / "ae.pt").is_file()
-        if scalar and fresh:
-            checkpoint = config.load_kind(source / "ae.pt", "ae", "python evidence.py")
-            checkpoint["config"]["normalise"], checkpoint["fingerprint"] = "scalar", None
-            config.save(folder / "ae.pt", checkpoint)
+        if other and fresh:
+            restate(source / "ae.pt", folder / "ae.pt", other)
         ae.train(command(ae, flags, seed, folder))
-        if fresh and not scalar:
+        if fresh and not other:
             tables(c.results)["cost"].add(preset=c.preset, stage="ae", latent=latent, dit="-",
                                           seed=seed, seconds=round(time.time() - began))
     return folder
+
+
+def restate(source, target, other):
+    """The same autoencoder under other statistics.  scalar: `ae.py` will measure them; loud: from
+    those of scalar, but the residual's channels are made LOUD times larger, as they might come out
+    of a training that matches nothing; the decoder undoes it, so that nothing else changes."""
+    checkpoint = config.load_kind(source, "ae", "python evidence.py")
+    checkpoint["config"]["normalise"], checkpoint["fingerprint"] = "scalar", None
+    if other == "loud":
+        checkpoint["model"]["std"][-checkpoint["config"]["residual_dim"]:] /= LOUD
+        checkpoint["fingerprint"] = config.fingerprint(checkpoint["model"])
+    config.save(target, checkpoint)
 
 
 def stage2(c, latent, kind, seed):
@@ -414,6 +425,7 @@ def jobs(c, name):
                 latents(latent, seed)
                 for kind in (latent, latent + "_scalar"):
                     scores(kind, "base", seed, QUALITY)
+            scores("unaligned_loud", "base", seed, QUALITY)
         elif name == "steps":
             for latent in ("svg", "vae"):
                 scores(latent, "base", seed, SWEEP)
@@ -438,11 +450,11 @@ def jobs(c, name):
                 row("dense", lambda: measure_dense(c, "pixels", seed), preset=c.preset,
                     latent="pixels", seed=seed)
         elif name == "layer":
-            for latent in ("layer2", "layer1", "layer3", "svg"):
+            for latent in ("layer2", "svg"):
                 latents(latent, seed)
                 scores(latent, "base", seed, QUALITY)
         elif name == "editing":
-            row("editing", lambda: measure_editing(c, seed), preset=c.preset, latent="svg",
+            row("editing", lambda: measure_editing(c, "svg", seed), preset=c.preset, latent="svg",
                 seed=seed)
         elif name == "guidance":
             for latent in ("svg", "vae"):
@@ -475,9 +487,18 @@ def measure_encoder(source):
     return dict(knn=found["knn"], linear=found["linear"])
 
 
-def measure_editing(c, seed):
-    """Figure 10, measured on held-out pictures: a row of editing.tsv."""
-    raise NotImplementedError
+def measure_editing(c, latent, seed):
+    """Figure 10 on held-out pictures: a row of editing.tsv.  floor: how often the judge takes the
+    plain reconstruction for the new class; psnr_*: outside of the mask."""
+    model, decoder = sample.load(stage2(c, latent, "base", seed), "cpu")
+    n = min(200, c.n)
+    found = sample.measure_edit(model, decoder, n, seed)
+    return dict(n=n, new_class=found["edit_judge_new_class"],
+                old_class=found["edit_judge_old_class"],
+                floor=found["reconstruction_judge_new_class"],
+                psnr_outside=found["edit_psnr_outside_db"],
+                psnr_outside_plain=found["reconstruction_psnr_outside_db"],
+                psnr_outside_to_plain=found["edit_vs_reconstruction_psnr_outside_db"])
 
 
 EXPERIMENTS = {

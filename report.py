@@ -15,6 +15,7 @@ import torch
 
 import config
 import evidence
+import exercises
 import sample
 from ae import load_ae, save_grid, to_uint8
 from config import UserError, field
@@ -51,7 +52,7 @@ class Numbers:
 
     def values(self, table, column, **key):
         """One number a seed, in order of the seeds -> float64 (seeds,), perhaps empty."""
-        rows = [r for r in self.tables[table] if all(r[k] == str(v) for k, v in key.items())]
+        rows = [r for r in self.tables[table] if matches(r, key)]
         rows.sort(key=lambda r: int(r.get("seed", 0)))
         return np.array([float(r[column]) for r in rows if r[column] != "-"])
 
@@ -72,12 +73,17 @@ class Numbers:
 
     def note(self, name, table="generation", **key):
         """The line under a table: how it was measured."""
-        rows = [r for r in self.tables[table] if all(r[k] == str(v) for k, v in key.items())]
+        rows = [r for r in self.tables[table] if matches(r, key)]
         seeds = sorted({r["seed"] for r in rows if "seed" in r}, key=int)
         counts = sorted({int(r["n"]) for r in rows if "n" in r})
         parts = [f"`python evidence.py {name}`", f"seeds {', '.join(seeds)}"]
         parts += [f"n = {counts[-1]:,}"] if counts else []
         return "*" + "; ".join(parts) + "; mean ± standard deviation over the seeds.*"
+
+
+def matches(row, key):
+    """Whether a row of strings has the key's values."""
+    return all(row[k] == evidence.Table.show(v) for k, v in key.items())
 
 
 def show(values, digits):
@@ -148,12 +154,14 @@ def maps(N):
 
 def residual(N):
     rows = []
-    for z in ("dino", "unaligned", "svg"):
+    for z in ("dino", "svg", "unaligned"):
         rec = [N.cell("latents", "psnr", 2, latent=z), N.cell("latents", "ssim", latent=z),
                N.cell("latents", "decoded_frechet", 2, latent=z)]
         for name, kind in (("per channel", z), ("one scalar", z + "_scalar")):
             rows.append([NAMES[z], name, *(rec if kind == z else ["", "", ""]),
                          *N.scores(kind, 10, 1.0), *N.scores(kind, 10, 2.0)])
+    rows.append([f"the same, residual {evidence.LOUD} times louder", "one scalar", "", "", "",
+                 *N.scores("unaligned_loud", 10, 1.0), *N.scores("unaligned_loud", 10, 2.0)])
     return markdown(["latent", "normalised by", "PSNR, dB", "SSIM", "reconstruction Frechet",
                      "recognised", "Frechet", "recognised, w = 2", "Frechet, w = 2"],
                     rows) + "\n\n" + N.note("residual", latent="dino")
@@ -263,9 +271,15 @@ def cost(N):
     return markdown(["latent", "stage 1, s", "stage 2, s"], rows)
 
 
+def exercise_list(N):
+    """The twelve, as their docstrings tell them."""
+    texts = [" ".join(check.__doc__.split()) for check in exercises.EXERCISES.values()]
+    return "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1))
+
+
 TABLES = dict(steps=steps, training=training, fields=fields, maps=maps, residual=residual,
               dense=dense, encoder=encoder, layer=layer, scaling=scaling, guidance=guidance,
-              shift=shift, noise=noise, width=width, editing=editing, cost=cost)
+              shift=shift, noise=noise, width=width, editing=editing, cost=cost, exercises=exercise_list)
 
 
 def fill(text, blocks):

@@ -33,7 +33,8 @@ from metrics import judge_images, load_judge, score
 # Letters: B batch, C latent channels, h w latent grid, S picture side.
 
 # ---- EDIT HERE for ablations: what the paper leaves open about editing ----
-EDIT = dict(t_edit=0.1, blur=0.5, fade=1.0)
+EDIT = dict(scale=4.0, t_edit=0.1, blur=1.0, fade=1.0)
+COVER = 1.5                    # a token that the mask covers by 1 / COVER or more is free
 # ---------------------------------------------------------------------------
 
 
@@ -43,10 +44,11 @@ class Config:
     preset: str = field("shapes", "whose folder to read, when --out is not given")
     out: str = field("", "the folder that stages 1 and 2 wrote; out/<preset> if empty")
     steps: int = field(10, "sampler steps")
-    scale: float = field(2.0, "guidance; 1: none")
+    scale: float = field(2.0, "guidance; 1: none (--edit: 4, unless given)")
     t_lo: float = field(0.0, "guide from this time on (0 is noise)")
     t_hi: float = field(1.0, "guide up to this time (1 is data)")
     shift: str = field("", "time shift of the steps, a number or auto; empty: the DiT's own")
+    # ---- EXERCISE 2: midpoint ----
     sampler: str = field("euler", "euler, or heun: second order, twice the evaluations",
                          ("euler", "heun"))
     seed: int = field(0, "the same seed is the same noise, at any number of steps")
@@ -123,6 +125,7 @@ def generate(model, ae, labels, steps=10, scale=1.0, shift=None, seed=0, sampler
         y = labels[start:start + batch].to(device)
         see = callback and (lambda i, t, x, start=start: callback(start, i, t, x))
         with autocast():
+            # ---- EXERCISE 10: guided_star; EXERCISE 11: weak ----
             velocity = guided(model, y, model.classes, scale, t_range)
             z = sampler(velocity, noise[start:start + batch].to(device), steps, shift, see)
             images.append(to_uint8(ae.decode(z)))
@@ -209,8 +212,9 @@ def even(classes, n):
 
 
 @torch.no_grad()
-def edit(model, ae, images, masks, labels, steps=50, scale=2.0, t_edit=EDIT["t_edit"], shift=None,
-         seed=0, source=None, blur=EDIT["blur"], fade=EDIT["fade"], t_range=(0.0, 1.0)):
+def edit(model, ae, images, masks, labels, steps=10, scale=EDIT["scale"], shift=None, seed=0,
+         source=None, t_edit=EDIT["t_edit"], blur=EDIT["blur"], fade=EDIT["fade"],
+         t_range=(0.0, 1.0)):
     """Put another class inside a mask, zero-shot -> uint8 (B, 3, S, S) on the CPU.
 
     images float [-1, 1] (B, 3, S, S); masks float (B, S, S), 1 where to edit; labels (B,), the
@@ -221,6 +225,8 @@ def edit(model, ae, images, masks, labels, steps=50, scale=2.0, t_edit=EDIT["t_e
     to the new class; before every step, and after the last, what lies outside of the mask is
     replaced by the state kept at that time.
     The paper gives neither t_edit nor the mask's blur and fading; see `latent_mask` for ours.
+    On held-out shapes (n = 200) 50 steps gain 1 dB outside of the mask on 10 and nothing inside;
+    every t_edit up to 0.2 is alike.
 
     An empty mask returns decode(encode(images)), for the kept states end with the latent itself.
     Outside of the mask pixels are close to that, not equal: the decoder looks across tokens, and
@@ -251,12 +257,12 @@ def edit(model, ae, images, masks, labels, steps=50, scale=2.0, t_edit=EDIT["t_e
 def latent_mask(masks, side, t, blur, fade):
     """Masks (B, S, S) -> how free each token is at time t, (B, 1, side, side) in [0, 1].
 
-    A token that the mask covers by half or more is free, others by twice their share: tokens are
-    coarse, and the new object's edge must fit into them.  Round that a rim, its Gaussian blur of
-    sigma `blur` tokens, is free near noise only, by (1 - t)^fade of its value: the surroundings may
-    lean towards the new object at first, and end as they were.
+    A token is as free as its share that the mask covers, times COVER: tokens are coarse, and the
+    new object's edge must fit into them.  Round that a rim, its Gaussian blur of sigma `blur`
+    tokens, is free near noise only, by (1 - t)^fade of its value: the surroundings may lean towards
+    the new object at first, and end as they were.
     """
-    core = (2 * F.adaptive_avg_pool2d(masks[:, None], side)).clamp(max=1)
+    core = (COVER * F.adaptive_avg_pool2d(masks[:, None], side)).clamp(max=1)
     place = torch.arange(side, device=masks.device)
     weights = (-(place - place[:, None]).square() / (2 * max(blur, 1e-3) ** 2)).exp()
     weights = weights / weights.sum(1, keepdim=True)                           # rows sum to 1
@@ -342,8 +348,8 @@ def edit_command(c, model, ae, shift):
             raise UserError(f"{flag} {text}: one class is wanted, not {len(found)}")
         return found[0]
     path, to = Path(c.out) / "edit.png", one("--to", c.to) if c.to else None
-    options = dict(steps=c.steps, scale=c.scale, shift=shift, t_edit=c.t_edit, blur=c.blur,
-                   fade=c.fade, t_range=(c.t_lo, c.t_hi))
+    options = dict(steps=c.steps, scale=c.scale if "scale" in c.said else EDIT["scale"],
+                   shift=shift, t_edit=c.t_edit, blur=c.blur, fade=c.fade, t_range=(c.t_lo, c.t_hi))
     if c.edit == "held-out":
         if ae.dataset != "shapes":
             raise UserError(f"--edit held-out is for shapes, which has masks and a judge; {c.out} "
@@ -371,8 +377,9 @@ def slerp(a, b, w):
     """The way from noise a (B, ...) to b along the sphere; w in [0, 1], one or (B,) -> (B, ...)
 
     Each sample is one long vector: its direction turns evenly, its length goes evenly.  The
-    straight line would pass through vectors shorter by up to sqrt(2), which no Gaussian draws;
-    it is taken where a and b are parallel (or opposite: there no way is the shortest).
+    straight line (lerp) passes through vectors shorter by up to sqrt(2), which no Gaussian draws;
+    on shapes the judge does not mind, see `interpolate`.  It is taken where a and b are parallel,
+    or opposite: there no way is the shortest.
     """
     p, q = a.flatten(1).double(), b.flatten(1).double()
     w = torch.as_tensor(w, dtype=torch.float64, device=a.device).view(-1, 1)
@@ -405,7 +412,8 @@ class Between(torch.nn.Module):
 
 def interpolate(c, model, ae, classes, options, scorer, columns=10):
     """interpolate.png: rows from noise to noise within a class, then from class to class with one
-    noise.  Scores the midpoints of the first kind, by slerp and by the straight line (lerp)."""
+    noise.  Scores the midpoints of the first kind, by slerp and by lerp: less noise than a Gaussian
+    has draws more typical pictures, so lerp's score is not worse (seed 0: .957 against .938)."""
     path, w = Path(c.out) / "interpolate.png", torch.linspace(0, 1, columns)
     rows = torch.tensor(classes[:5])
     noise = draw_noise(model, ae, 2 * len(rows), c.seed).repeat_interleave(columns, 0)
@@ -438,6 +446,7 @@ def main(argv=None):
     model, ae = load(c.out, device)
     out, classes = Path(c.out), choose(c.classes, ae.classes)
     shift = resolve_shift(c.shift, ae) if c.shift else model.sample_shift
+    # ---- EXERCISE 3: a function of t; EXERCISE 11: hand over dit_1000.pt ----
     options = dict(scale=c.scale, shift=shift, seed=c.seed, batch=c.batch,
                    sampler=heun if c.sampler == "heun" else euler, t_range=(c.t_lo, c.t_hi))
     nfe = c.steps * (2 if c.sampler == "heun" else 1) * (2 if c.scale != 1 else 1)
@@ -460,6 +469,7 @@ def main(argv=None):
         print(f"n: {c.n}\nsamples_per_second: {c.n / seconds:.0f}")
         for name, row in (("sample", result), ("decoded_real", floors["decoded"]),
                           ("real", floors["real"])):
+            # ---- EXERCISE 6: print the recall ----
             print(f"{name}_accuracy: {row['accuracy']:.3f}\n{name}_frechet: {row['frechet']:.2f}")
     if c.sweep:
         sweep(c, model, ae, classes, options, scorer)

@@ -17,7 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
-import ae, bench, config, data, dino, dit, fetch, flow, metrics, perceptual, sample, toy_flow
+import ae, bench, config, data, dino, dit, evidence, fetch, flow, metrics, perceptual, report
+import sample, toy_flow
 from config import UserError
 from dino import DINOv3, ViTConfig, load_dino, read_safetensors
 from perceptual import LPIPS, load_lpips
@@ -1739,6 +1740,191 @@ def test_the_chain_on_a_folder_of_pictures(folder, work, tmp_path):
     assert (tmp_path / "own" / "samples.png").exists()
 
 
+# ---------------------------------------------------------------- evidence.py and report.py
+
+
+def test_linear_classes_and_mean_iou():
+    g = config.generator(0)
+    y = torch.arange(300) % 3
+    x = torch.eye(3)[y] * 4 + 0.1 * torch.randn(300, 3, generator=g)
+    found = metrics.linear_classes(x[:200], y[:200], x[200:])
+    assert (found == y[200:]).all()
+    # two of three tokens of class 1 found, one taken for class 0: 2/3 and 2/3; class 2 is nowhere
+    found, truth = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 1, 1])
+    assert metrics.mean_iou(found, truth, 3) == pytest.approx(2 / 3)
+    assert metrics.mean_iou(truth, truth, 3) == 1
+    with pytest.raises(ValueError):
+        metrics.mean_iou(found, truth[:4], 3)
+
+
+def test_pca_finds_the_plane_and_tsne_the_groups():
+    g = config.generator(1)
+    plane = torch.randn(200, 2, generator=g) * torch.tensor([3.0, 1.0])
+    x = plane @ torch.linalg.qr(torch.randn(20, 20, generator=g))[0][:2]
+    flat = metrics.pca(x)
+    wanted = plane - plane.mean(0)
+    assert torch.allclose(torch.cdist(flat, flat), torch.cdist(wanted.double(), wanted.double()),
+                          atol=1e-4)                    # the same picture up to a turn
+    y = torch.arange(150) % 3
+    x = torch.randn(3, 30, generator=g)[y] * 2 + 0.3 * torch.randn(150, 30, generator=g)
+    flat = metrics.tsne(x, perplexity=15, steps=200)
+    assert flat.isfinite().all() and metrics.knn(flat[:75], y[:75], flat[75:], y[75:], k=5) == 1
+    assert torch.equal(flat, metrics.tsne(x, perplexity=15, steps=200))
+    with pytest.raises(ValueError, match="perplexity"):
+        metrics.tsne(x, perplexity=150)
+
+
+def tiny_ae(**more):
+    """A small autoencoder on the embedded encoder, in eval mode."""
+    torch.manual_seed(0)
+    c = ae.Config(ch=8, enc_dim=32, enc_depth=1, enc_stem=8, **more)
+    return ae.AutoEncoder(c, load_dino("tiny")).eval()
+
+
+def test_an_earlier_layer_is_what_features_says():
+    x = data.to_float(data.shapes(4, 32, 0)[0].numpy(), slice(None))
+    model = tiny_ae(layer=2, latent="dino")
+    wanted = model.dino.features(model.dino.normalize(x))[1][:, 3:]         # cls and two registers
+    assert torch.allclose(model.tokens(x)[0], F.layer_norm(wanted, (96,)), atol=1e-6)
+    last = tiny_ae(latent="dino")
+    assert torch.equal(last.tokens(x)[0], last.dino(last.dino.normalize(x))[0])
+    with pytest.raises(UserError, match="--layer 9: this encoder has 4 blocks"):
+        tiny_ae(layer=9).tokens(x)
+
+
+def test_one_scalar_normalises_everything_together():
+    images = data.shapes(200, 32, 0)[0].numpy()
+    x = data.to_float(images, slice(None))
+    spread = {}
+    for scalar in (False, True):
+        model = tiny_ae()
+        ae.measure_statistics(model, images, contextlib.nullcontext, "cpu", scalar)
+        z = model.encode(x)
+        spread[scalar] = z.std((0, 2, 3))
+        assert z.mean().abs() < 1e-3 and abs(z.std() - 1) < 1e-3
+        assert len(model.std.unique()) == (1 if scalar else 112)
+        assert torch.allclose(model.decode(z), model.decoder(model.grid(
+            model.tokens(x)[0], x)).clamp(-1, 1), atol=1e-3)
+    assert (spread[False] - 1).abs().max() < 1e-2 < spread[True].std()
+
+
+def test_the_decoder_learns_from_noisy_latents_only_in_training():
+    x = data.to_float(data.shapes(4, 32, 0)[0].numpy(), slice(None))
+    model = tiny_ae(noise=0.5, mask_prob=0.0)
+    plain = tiny_ae(mask_prob=0.0)
+    assert torch.equal(model(x)[0], plain(x)[0])                          # eval: none
+    model.train(), plain.train()
+    noisy = [model(x, config.generator(s))[0] for s in (0, 0, 1)]
+    assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
+    assert not torch.equal(noisy[0], plain(x, config.generator(0))[0])
+
+
+def test_steps_that_are_kept(work, tmp_path):
+    folder = tmp_path / "kept"
+    shutil.copytree(work / "out/debug", folder)
+    result = run("dit.py", "--preset", "debug", "--out", folder, "--overwrite", "--keep", "5,20",
+                 cwd=work)
+    assert result.returncode == 0, result.stderr
+    early, last = dit.load_dit(folder / "dit_5.pt"), dit.load_dit(folder / "dit_20.pt")
+    assert (early.step, last.step) == (5, 20)
+    for a, b in zip(last.parameters(), dit.load_dit(folder / "dit.pt").parameters()):
+        assert torch.equal(a, b)
+    one_line(run("dit.py", "--keep", "5;20", cwd=work), "--keep", code=2)
+    one_line(run("dino.py", "--keep", "x", cwd=work), "--keep", code=2)
+
+
+def test_a_lock_that_does_not_wait(tmp_path):
+    with fetch.alone(tmp_path / "a") as first:
+        assert first
+        with fetch.alone(tmp_path / "a", wait=False) as second:
+            assert not second
+    with fetch.alone(tmp_path / "a", wait=False) as third:
+        assert third
+
+
+def test_a_table_keeps_each_row_once(tmp_path, capsys):
+    table = evidence.Table(tmp_path, "t", "latent seed", "psnr")
+    assert table.rows() == [] and not table.has(latent="svg", seed=0)
+    table.add(latent="svg", seed=0, psnr=20.123456)
+    table.add(latent="svg", seed=0, psnr=99.0)                            # measured twice: the first
+    table.add(latent="svg", seed=1, psnr=21.0)
+    assert table.rows() == [dict(latent="svg", seed="0", psnr="20.123"),
+                            dict(latent="svg", seed="1", psnr="21")]
+    assert "psnr: 20.123" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="ssim"):
+        table.add(latent="svg", seed=2, ssim=1)
+    with pytest.raises(UserError, match="columns"):
+        evidence.Table(tmp_path, "t", "latent", "ssim").rows()
+
+
+def test_the_floor_of_raw_pixels_holds_each_pixel_once():
+    images = data.shapes(3, 32, 0)[0]
+    z = evidence.patches_of(images)
+    assert z.shape == (3, 192, 4, 4)
+    patch = images[1, :, 8:16, 16:24].float()
+    assert torch.equal(z[1, :, 1, 2].view(3, 8, 8), patch)
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory):
+    """Rows of two experiments on `--preset debug`, as a user makes them."""
+    folder = tmp_path_factory.mktemp("measured")
+    result = run("evidence.py", "fields", "width", "--preset", "debug", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "$ python ae.py --preset debug --latent vae --seed 0" in result.stdout
+    assert "straightness: " in result.stdout
+    return folder
+
+
+def test_evidence_goes_on_and_does_nothing_twice(measured):
+    rows = evidence.tables(measured / "results")["paths"].rows()
+    assert [r["latent"] for r in rows] == ["svg", "vae"]
+    for r in rows:
+        assert 0 < float(r["straightness"]) <= 1 and 0 < float(r["consistency"]) < 1
+    before = (measured / "results/paths.tsv").read_text()
+    again = run("evidence.py", "fields", "--preset", "debug", cwd=measured)
+    assert again.returncode == 0 and "$ python" not in again.stdout
+    assert (measured / "results/paths.tsv").read_text() == before
+    one_line(run("evidence.py", "nothing", cwd=measured), "nothing: no such experiment", code=2)
+    one_line(run("evidence.py", "fields", "--seeds", "a", cwd=measured), "--seeds", code=2)
+    listing = run("evidence.py", cwd=measured)
+    assert listing.returncode == 0
+    assert all(name in listing.stdout for name in evidence.EXPERIMENTS)
+    one_line(run("report.py", "--preset", "debug", cwd=measured), "evidence.py all")
+
+
+def test_every_experiment_has_jobs_and_its_table():
+    c = config.parse(evidence.Config, evidence.PRESETS, ["--preset", "small"])
+    for name in evidence.EXPERIMENTS:
+        assert evidence.jobs(c, name), name
+    assert set(report.TABLES) == set(evidence.EXPERIMENTS) | {"cost", "exercises"}
+
+
+def test_report_numbers(tmp_path):
+    table = evidence.tables(tmp_path)["generation"]
+    for latent, base in (("svg", 1.0), ("vae", 4.0)):
+        for seed in (0, 1, 2):
+            table.add(preset="small", latent=latent, dit="base", seed=seed, trained=10, steps=10,
+                      scale=1.0, shift="-", n=50, recognised=0.5, frechet=base + seed)
+    N = report.Numbers(tmp_path, "small")
+    assert N.scores("svg", 10, 1.0) == [".500 ± .000", "2.00 ± 1.00"]
+    assert N.scores("svg", 25, 1.0) == ["-", "-"]
+    assert "| 10 | 1 | .500 ± .000 | .500 ± .000 | 2.00 ± 1.00 | 5.00 ± 1.00 | 2.8 ± 1.0 |" \
+        in report.steps(N)                                                 # 4/1, 5/2, 6/3: 2.83 +- 1.04
+    text = "a\n<!-- steps -->\nold\n<!-- /steps -->\nb"
+    assert report.fill(text, dict(steps="new")) == "a\n<!-- steps -->\nnew\n<!-- /steps -->\nb"
+    with pytest.raises(UserError, match="width"):
+        report.fill(text, dict(width="x"))
+
+
+def test_the_readme_shows_what_results_hold():
+    """Nobody types a number: the tables are what report.py makes of results/ now."""
+    N = report.Numbers(HERE / "results", "small")
+    assert N.tables["generation"], "results/generation.tsv has no rows"
+    blocks = {name: make(N) for name, make in report.TABLES.items()}
+    assert report.fill(README, blocks) == README, "run `python report.py`"
+
+
 # ---------------------------------------------------------------- the house and the README
 
 ORDER = {                            # who may import whom: only what stands before it
@@ -1748,6 +1934,8 @@ ORDER = {                            # who may import whom: only what stands bef
     "ae": {"config", "data", "dino", "metrics", "perceptual"},
     "dit": {"config", "data", "flow", "dino", "ae"},
     "sample": {"config", "data", "flow", "ae", "dit", "metrics"},
+    "evidence": {"config", "data", "fetch", "flow", "metrics", "dino", "ae", "dit", "sample"},
+    "report": {"config", "data", "metrics", "toy_flow", "ae", "sample", "evidence", "exercises"},
     "bench": {"config", "data", "dino", "flow", "ae", "dit"},
     "exercises": {"config", "data", "dino", "flow", "metrics", "toy_flow", "ae", "dit", "sample"},
 }
@@ -1802,8 +1990,11 @@ def test_every_flag_of_the_readmes_commands_exists(command):
         words = part.split()
         if words[1] == "-m" or words[1] == "test_all.py":
             continue
-        module = __import__(Path(words[1]).stem)
-        config.parse(module.Config, module.PRESETS, words[2:])
+        module, flags = __import__(Path(words[1]).stem), words[2:]
+        while module is evidence and flags and not flags[0].startswith("-"):
+            assert flags[0] in (*evidence.EXPERIMENTS, "all")
+            flags = flags[1:]
+        config.parse(module.Config, module.PRESETS, flags)
 
 
 # ---------------------------------------------------------------- exercises.py
