@@ -244,7 +244,8 @@ def fingerprint(state):
 
 # ---------------------------------------------------------------- a run that can be killed
 
-FREE = {"steps", "save_every", "keep", "device", "overwrite", "out", "preset"}    # may differ on resuming
+# what may differ on resuming
+FREE = {"steps", "save_every", "keep", "device", "overwrite", "out", "preset"}
 
 
 def resume(path, kind, config, maker):

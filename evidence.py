@@ -5,15 +5,17 @@
     python evidence.py all                # everything; start it twice to use two cores
     python evidence.py all --preset debug # the same path in minutes: noise, but every file
 
-Each experiment trains what it needs (out/evidence/<preset>/, with the very commands that it prints),
-measures, and adds rows to results/*.tsv; what is there already is not done again, so a killed run
-goes on with the same command.  `python report.py` turns the rows into the README's tables and
-figures.  Samples are judged by the CNN of metrics.py, which shares nothing with the encoder.
+Each experiment trains what it needs into out/evidence/<preset>/, by the very commands that it
+prints, measures, and adds rows to results/*.tsv.  What is there already is not done again: a
+killed run goes on with the same command.  `python report.py` turns the rows into the README's
+tables and figures.  Samples are judged by the CNN of metrics.py, which shares nothing with the
+encoder.
 """
 import functools, shutil, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -244,8 +246,7 @@ def share(source, target):
 @functools.lru_cache(1)
 def scorer(size):
     """The judge and its view of the real pictures, once a process."""
-    wanted = type("Wanted", (), dict(dataset="shapes", image_size=size, subset=""))
-    return sample.Scorer(wanted, "cpu")
+    return sample.Scorer(SimpleNamespace(dataset="shapes", image_size=size, subset=""), "cpu")
 
 
 def encode_all(model, images):
@@ -329,7 +330,6 @@ def measure_generation(c, latent, kind, seed, settings):
                   recognised=found["accuracy"], frechet=found["frechet"])
 
 
-@torch.no_grad()
 def measure_paths(c, latent, kind, seed, fine=50):
     """Figure 3 on the real latents, as toy_flow.py measures it in 2-D: a row of paths.tsv.
 

@@ -276,7 +276,8 @@ def tsne(x, perplexity=30.0, steps=500, seed=0):
     for step in range(steps):
         near = 1 / (1 + torch.cdist(y, y).square()).fill_diagonal_(torch.inf)     # Student's t
         q = near / near.sum()
-        pull = (p * (12 if step < steps // 4 else 1) - q) * near                  # exaggerated first
+        # at first the pull is exaggerated, so that groups find together
+        pull = (p * (12 if step < steps // 4 else 1) - q) * near
         gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
         moved = (0.5 if step < steps // 4 else 0.8) * moved - n / 12 * gradient
         y = y + moved

@@ -268,7 +268,11 @@ def cost(N):
     rows = [[NAMES[z], N.cell("cost", "seconds", 0, stage="ae", latent=z),
              N.cell("cost", "seconds", 0, stage="dit", latent=z, dit="base")]
             for z in ("svg", "vae", "dino", "unaligned")]
-    return markdown(["latent", "stage 1, s", "stage 2, s"], rows)
+    seconds = [float(r["seconds"]) for r in N.tables["cost"]]
+    return markdown(["latent", "stage 1, s", "stage 2, s"], rows) + (
+        "\n\n*Seconds on one core, mean ± standard deviation over the seeds. All "
+        f"{len(seconds)} trainings that were timed took {sum(seconds) / 3600:.1f} hours of one "
+        "core together.*")
 
 
 def exercise_list(N):
@@ -279,7 +283,8 @@ def exercise_list(N):
 
 TABLES = dict(steps=steps, training=training, fields=fields, maps=maps, residual=residual,
               dense=dense, encoder=encoder, layer=layer, scaling=scaling, guidance=guidance,
-              shift=shift, noise=noise, width=width, editing=editing, cost=cost, exercises=exercise_list)
+              shift=shift, noise=noise, width=width, editing=editing, cost=cost,
+              exercises=exercise_list)
 
 
 def fill(text, blocks):
@@ -432,7 +437,6 @@ def draw_strip(folder, path, counts=(1, 2, 3, 5, 10, 25)):
 def main(argv=None):
     """The command line."""
     c = config.parse(Config, PRESETS, argv)
-    c.out = c.out if c.out != f"out/{c.preset}" else "out/evidence"
     N, readme = Numbers(c.results, c.preset), Path(c.readme)
     if not N.tables["generation"]:
         raise UserError(f"{c.results}: no rows of preset {c.preset}; `python evidence.py all` "

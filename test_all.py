@@ -1846,7 +1846,7 @@ def test_a_table_keeps_each_row_once(tmp_path, capsys):
     table = evidence.Table(tmp_path, "t", "latent seed", "psnr")
     assert table.rows() == [] and not table.has(latent="svg", seed=0)
     table.add(latent="svg", seed=0, psnr=20.123456)
-    table.add(latent="svg", seed=0, psnr=99.0)                            # measured twice: the first
+    table.add(latent="svg", seed=0, psnr=99.0)                   # measured twice: the first stays
     table.add(latent="svg", seed=1, psnr=21.0)
     assert table.rows() == [dict(latent="svg", seed="0", psnr="20.123"),
                             dict(latent="svg", seed="1", psnr="21")]
@@ -1910,7 +1910,7 @@ def test_report_numbers(tmp_path):
     assert N.scores("svg", 10, 1.0) == [".500 ± .000", "2.00 ± 1.00"]
     assert N.scores("svg", 25, 1.0) == ["-", "-"]
     assert "| 10 | 1 | .500 ± .000 | .500 ± .000 | 2.00 ± 1.00 | 5.00 ± 1.00 | 2.8 ± 1.0 |" \
-        in report.steps(N)                                                 # 4/1, 5/2, 6/3: 2.83 +- 1.04
+        in report.steps(N)                                       # 4/1, 5/2, 6/3: 2.83 +- 1.04
     text = "a\n<!-- steps -->\nold\n<!-- /steps -->\nb"
     assert report.fill(text, dict(steps="new")) == "a\n<!-- steps -->\nnew\n<!-- /steps -->\nb"
     with pytest.raises(UserError, match="width"):
