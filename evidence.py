@@ -74,7 +74,7 @@ LATENTS = {                               # flags of ae.py
 }                            # and "encoder<step>", "<any>_scalar", "<any>_loud": see `restate`
 LOUD = 4
 DITS = {                                  # flags of dit.py
-    "base": "", "narrow": "--dim 96 --heads 4", "wide": "--dim 240 --heads 4",
+    "base": "", "narrow": "--dim 96 --heads 4", "wide": "--dim 192 --heads 4",
     "shift1": "--shift 1", "shiftauto": "--shift auto", "shift6.67": "--shift 6.67",
 }
 QUALITY = ((3, 1.0), (10, 1.0), (10, 2.0))                           # Euler steps, guidance
@@ -391,11 +391,11 @@ def jobs(c, name):
     found, table = [], tables(c.results)
     end = int(c.kept.split(",")[-1])                     # the trained DiT; earlier ones were kept
 
-    def row(kind, function, **key):
-        """One row of a table, unless it is there."""
+    def row(kind, function, *about, **key):
+        """One row of a table, function(c, *about), unless it is there."""
         def work():
             if not table[kind].has(**key):
-                table[kind].add(**key, **function())
+                table[kind].add(**key, **function(c, *about))
         found.append((f"{name}: {kind} {' '.join(map(str, key.values()))}", work))
 
     def scores(latent, dit_kind, seed, settings, trained=(end,), shifts=("-",)):
@@ -404,11 +404,13 @@ def jobs(c, name):
                       lambda: measure_generation(c, latent, dit_kind, seed, wanted)))
 
     def latents(latent, seed):
-        row("latents", lambda: measure_latents(c, latent, seed),
-            preset=c.preset, latent=latent, seed=seed)
+        row("latents", measure_latents, latent, seed, preset=c.preset, latent=latent, seed=seed)
+
+    def dense(latent, seed):
+        row("dense", measure_dense, latent, seed, preset=c.preset, latent=latent, seed=seed)
 
     def paths(latent, seed):
-        row("paths", lambda: measure_paths(c, latent, "base", seed),
+        row("paths", measure_paths, latent, "base", seed,
             preset=c.preset, latent=latent, dit="base", seed=seed)
 
     for seed in map(int, c.seeds.split(",")):
@@ -436,7 +438,7 @@ def jobs(c, name):
         elif name == "scaling":
             for latent in ("svg", "vae"):
                 for kind in ("narrow", "base", "wide"):
-                    scores(latent, kind, seed, QUALITY)
+                    scores(latent, kind, seed, QUALITY[1:])
         elif name == "encoder":
             for latent in (*(f"encoder{k}" for k in c.encoders.split(",")), "svg"):
                 latents(latent, seed)
@@ -444,24 +446,22 @@ def jobs(c, name):
                 paths(latent, seed)
         elif name == "dense":
             for latent in ("svg", "dino", "unaligned", "vae"):
-                row("dense", lambda latent=latent: measure_dense(c, latent, seed),
-                    preset=c.preset, latent=latent, seed=seed)
+                dense(latent, seed)
             if seed == int(c.seeds.split(",")[0]):
-                row("dense", lambda: measure_dense(c, "pixels", seed), preset=c.preset,
-                    latent="pixels", seed=seed)
+                dense("pixels", seed)
         elif name == "layer":
             for latent in ("layer2", "svg"):
                 latents(latent, seed)
                 scores(latent, "base", seed, QUALITY)
         elif name == "editing":
-            row("editing", lambda: measure_editing(c, "svg", seed), preset=c.preset, latent="svg",
-                seed=seed)
+            row("editing", measure_editing, "svg", seed, preset=c.preset, latent="svg", seed=seed)
         elif name == "guidance":
             for latent in ("svg", "vae"):
                 scores(latent, "base", seed, GUIDANCE)
         elif name == "shift":
             scores("svg", "base", seed, ((3, 1.0), (10, 1.0)), shifts=SHIFTS)
-            for kind in ("shift1", "shiftauto", "shift6.67"):
+        elif name == "trainshift":
+            for kind in ("base", "shiftauto", "shift6.67", "shift1"):
                 scores("svg", kind, seed, QUALITY)
         elif name == "noise":
             for latent in ("noise", "svg"):
@@ -470,19 +470,18 @@ def jobs(c, name):
         elif name == "width":
             for latent, channels in (("svg", 112), ("vae", 16)):
                 for width in WIDTHS:
-                    row("width", lambda latent=latent, width=width: measure_width(
-                        c, latent, width, seed), latent=latent, channels=channels, width=width,
-                        seed=seed)
+                    row("width", measure_width, latent, width, seed,
+                        latent=latent, channels=channels, width=width, seed=seed)
     if name == "encoder":
         for step in c.encoders.split(","):
-            row("encoders", lambda step=step: measure_encoder(encoder_file(c, step)),
-                preset=c.preset, step=step)
-        row("encoders", lambda: measure_encoder("tiny"), preset=c.preset, step="shipped")
+            row("encoders", measure_encoder, step, preset=c.preset, step=step)
+        row("encoders", measure_encoder, "shipped", preset=c.preset, step="shipped")
     return found
 
 
-def measure_encoder(source):
+def measure_encoder(c, step):
     """The bare encoder on held-out pictures: a row of encoders.tsv."""
+    source = "tiny" if step == "shipped" else encoder_file(c, step)
     found = dino.measure(dino.load_dino(source), 32)
     return dict(knn=found["knn"], linear=found["linear"])
 
@@ -512,7 +511,8 @@ EXPERIMENTS = {
     "layer": "Table 6: tokens of an earlier layer",
     "scaling": "Figure 8b: three sizes of DiT",
     "guidance": "guidance from 1 to 4",
-    "shift": "the time shift, in sampling and in training",
+    "shift": "the time shift of the sampler's steps, RAE's `auto` among them",
+    "trainshift": "the time shift in training",
     "noise": "RAE: a decoder trained on noisy latents",
     "width": "RAE: a DiT narrower than the latent",
     "editing": "Figure 10: change the class inside a mask",

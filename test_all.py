@@ -1900,6 +1900,23 @@ def test_every_experiment_has_jobs_and_its_table():
     assert set(report.TABLES) == set(evidence.EXPERIMENTS) | {"cost", "exercises"}
 
 
+def test_every_job_measures_what_its_row_says(monkeypatch, tmp_path):
+    """A job that looks at the loop's last seed fills three rows with one measurement."""
+    calls = []
+    for name in [n for n in dir(evidence) if n.startswith("measure_")]:
+        monkeypatch.setattr(evidence, name, lambda c, *about: calls.append(about) or {})
+    monkeypatch.setattr(evidence.Table, "add", lambda self, **row: calls.append(row))
+    c = config.parse(evidence.Config, evidence.PRESETS, ["--results", str(tmp_path)])
+    for name in evidence.EXPERIMENTS:
+        for what, work in evidence.jobs(c, name):
+            calls.clear()
+            work()
+            if len(calls) == 2 and "seed" in calls[1]:
+                assert calls[0][-1] == calls[1]["seed"] and calls[0][0] == calls[1]["latent"], what
+            elif len(calls) == 1:                                        # several rows: scores
+                assert what.split()[-3:] == [str(k) for k in calls[0][:3]], what
+
+
 def test_report_numbers(tmp_path):
     table = evidence.tables(tmp_path)["generation"]
     for latent, base in (("svg", 1.0), ("vae", 4.0)):
@@ -1935,7 +1952,8 @@ ORDER = {                            # who may import whom: only what stands bef
     "dit": {"config", "data", "flow", "dino", "ae"},
     "sample": {"config", "data", "flow", "ae", "dit", "metrics"},
     "evidence": {"config", "data", "fetch", "flow", "metrics", "dino", "ae", "dit", "sample"},
-    "report": {"config", "data", "metrics", "toy_flow", "ae", "sample", "evidence", "exercises"},
+    "report": {"config", "data", "flow", "metrics", "toy_flow", "ae", "sample", "evidence",
+               "exercises"},
     "bench": {"config", "data", "dino", "flow", "ae", "dit"},
     "exercises": {"config", "data", "dino", "flow", "metrics", "toy_flow", "ae", "dit", "sample"},
 }
