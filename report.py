@@ -76,6 +76,8 @@ class Numbers:
     def note(self, name, table="generation", **key):
         """The line under a table: how it was measured."""
         rows = [r for r in self.tables[table] if matches(r, key)]
+        if not rows:
+            return f"*Not measured yet; `python evidence.py {name}` does it.*"
         seeds = sorted({r["seed"] for r in rows if "seed" in r}, key=int)
         counts = sorted({int(r["n"]) for r in rows if "n" in r})
         parts = [f"`python evidence.py {name}`", f"seeds {', '.join(seeds)}"]
@@ -222,7 +224,9 @@ def scaling(N):
 
 def guidance(N):
     rows = [[f"{w:g}", *(N.scores(z, 10, w)[i] for i in (0, 1) for z in ("svg", "vae"))]
-            for w in (1.0, 1.5, 2.0, 3.0, 4.0)]
+            for w in (1.0, 1.5, 2.0, 3.0, 4.0)
+            if len(N.values("generation", "frechet", latent="vae", steps=10, scale=w,
+                            trained=N.end(), dit="base"))]
     return markdown(["guidance", "recognised, SVG", "VAE", "Frechet, SVG", "VAE"],
                     rows) + "\n\n" + N.note("guidance", latent="vae", scale=4.0)
 
@@ -248,7 +252,8 @@ def trainshift(N):
 def noise(N):
     rows = [[name, N.cell("latents", "psnr", 2, latent=z),
              N.cell("latents", "decoded_frechet", 2, latent=z), *N.scores(z, 10, 1.0),
-             *N.scores(z, 10, 2.0)] for name, z in (("off", "svg"), ("on, 0.4", "noise"))]
+             *N.scores(z, 10, 2.0)] for name, z in (("off", "svg"), ("on, 0.4", "noise"))
+            if len(N.values("latents", "psnr", latent=z))]
     return markdown(["noise", "PSNR, dB", "reconstruction Frechet", "recognised", "Frechet",
                      "recognised, w = 2", "Frechet, w = 2"],
                     rows) + "\n\n" + N.note("noise", latent="noise")
