@@ -38,8 +38,7 @@ class Config:
 
 PRESETS = {name: {} for name in evidence.PRESETS}
 NAMES = {"svg": "SVG", "vae": "VAE", "dino": "DINO only", "unaligned": "DINO + residual, unaligned",
-         "pixels": "raw pixels", "noise": "SVG, noisy decoder", "layer1": "layer 1",
-         "layer2": "layer 2", "layer3": "layer 3", "narrow": "96", "base": "144", "wide": "192"}
+         "pixels": "raw pixels", "narrow": "96", "base": "144", "wide": "192"}
 AUTO = f"auto ({auto_shift(16, 112):.2f})"             # of 16 tokens with 112 channels
 
 # ---------------------------------------------------------------- numbers out of rows
@@ -110,35 +109,48 @@ def markdown(header, rows):
 # ---------------------------------------------------------------- the tables
 # Each: Numbers -> markdown.  The name is the marker in the README.
 
+BESIDE = ["recognised, SVG", "VAE", "Frechet, SVG", "VAE"]
+
+
+def beside(N, steps, scale, **key):
+    """The four cells of BESIDE."""
+    svg, vae = (N.scores(z, steps, scale, **key) for z in ("svg", "vae"))
+    return [svg[0], vae[0], svg[1], vae[1]]
+
+
+def both(N, name, rows):
+    """A table with SVG beside the VAE, unguided and guided; rows: (what, key of its scores)."""
+    return markdown([name, *BESIDE, *(h.replace(",", ", w = 2,") for h in BESIDE)],
+                    [[what, *beside(N, 10, 1.0, **k), *beside(N, 10, 2.0, **k)]
+                     for what, k in rows])
+
 
 def steps(N):
+    """Figure 8a: few Euler steps."""
     rows = []
     for w in (1.0, 2.0):
         for k in (1, 2, 3, 5, 10, 25, 50):
             key = dict(dit="base", steps=k, scale=w, shift="-", trained=N.end())
             a, b = (N.values("generation", "frechet", latent=z, **key) for z in ("svg", "vae"))
-            both = min(len(a), len(b))
-            rows.append([str(k), f"{w:g}", N.scores("svg", k, w)[0], N.scores("vae", k, w)[0],
-                         N.scores("svg", k, w)[1], N.scores("vae", k, w)[1],
-                         show(b[:both] / a[:both], 1)])
+            seeds = min(len(a), len(b))
+            rows.append([str(k), f"{w:g}", *beside(N, k, w), show(b[:seeds] / a[:seeds], 1)])
     rows.append(["decode(encode(x))", "", N.cell("latents", "decoded_recognised", latent="svg"),
                  N.cell("latents", "decoded_recognised", latent="vae"),
                  N.cell("latents", "decoded_frechet", 2, latent="svg"),
                  N.cell("latents", "decoded_frechet", 2, latent="vae"), ""])
-    return markdown(["Euler steps", "guidance", "recognised, SVG", "VAE", "Frechet, SVG", "VAE",
-                     "ratio"], rows) + "\n\n" + N.note("steps", latent="vae")
+    return markdown(["Euler steps", "guidance", *BESIDE, "ratio"],
+                    rows) + "\n\n" + N.note("steps", latent="vae")
 
 
 def training(N):
+    """Figure 1: the same along training."""
     kept = sorted({int(r["trained"]) for r in N.tables["generation"]})
-    rows = [[f"{k:,}", *(N.scores(z, 10, w, trained=k)[i] for w in (1.0, 2.0)
-                         for i in (0, 1) for z in ("svg", "vae"))] for k in kept]
-    return markdown(["training steps", "recognised, SVG", "VAE", "Frechet, SVG", "VAE",
-                     "recognised, w = 2, SVG", "VAE", "Frechet, w = 2, SVG", "VAE"],
-                    rows) + "\n\n" + N.note("training", latent="vae")
+    return both(N, "training steps", [(f"{k:,}", dict(trained=k)) for k in kept]
+                ) + "\n\n" + N.note("training", latent="vae")
 
 
 def fields(N):
+    """Figure 3 on the real latents."""
     rows = [[NAMES[z], *(N.cell("paths", c, 3, latent=z) for c in
                          ("consistency", "straightness", "error1", "error2", "error5"))]
             for z in ("svg", "vae")]
@@ -147,6 +159,7 @@ def fields(N):
 
 
 def maps(N):
+    """Figure 2 in numbers."""
     rows = [[NAMES[z], (N.values("latents", "channels", latent=z).astype(int).astype(str).tolist()
                         or ["-"])[0], *(N.cell("latents", c, latent=z) for c in
                                         ("knn", "linear", "knn_flat", "linear_flat"))]
@@ -157,6 +170,7 @@ def maps(N):
 
 
 def residual(N):
+    """Figure 5 and Table 4: the residual, its matching, the normalisation."""
     rows = []
     for z in ("dino", "svg", "unaligned"):
         rec = [N.cell("latents", "psnr", 2, latent=z), N.cell("latents", "ssim", latent=z),
@@ -172,6 +186,7 @@ def residual(N):
 
 
 def dense(N):
+    """Table 4: still a representation?"""
     rows = [[NAMES[z], N.cell("latents", "linear", latent=z), N.cell("dense", "miou", latent=z),
              N.cell("dense", "accuracy", latent=z)]
             for z in ("dino", "svg", "unaligned", "vae", "pixels")]
@@ -189,6 +204,7 @@ def encoders(N):
 
 
 def encoder(N):
+    """Samples against the encoder's kNN."""
     rows = [[name.replace("0 steps", "random") if step == "0" else name,
              N.cell("encoders", "knn", step=step), N.cell("latents", "psnr", 2, latent=z),
              N.cell("latents", "decoded_recognised", latent=z), *N.scores(z, 10, 1.0),
@@ -204,6 +220,7 @@ def encoder(N):
 
 
 def layer(N):
+    """Table 6."""
     rows = [[name, N.cell("latents", "psnr", 2, latent=z), N.cell("latents", "ssim", latent=z),
              N.cell("latents", "decoded_frechet", 2, latent=z), N.cell("latents", "knn", latent=z),
              *N.scores(z, 10, 1.0), *N.scores(z, 10, 2.0)]
@@ -215,23 +232,22 @@ def layer(N):
 
 
 def scaling(N):
-    rows = [[NAMES[kind], *(N.scores(z, 10, w, dit=kind)[i] for w in (1.0, 2.0) for i in (0, 1)
-                            for z in ("svg", "vae"))] for kind in ("narrow", "base", "wide")]
-    return markdown(["DiT's width", "recognised, SVG", "VAE", "Frechet, SVG", "VAE",
-                     "recognised, w = 2, SVG", "VAE", "Frechet, w = 2, SVG", "VAE"],
-                    rows) + "\n\n" + N.note("scaling", dit="wide")
+    """Figure 8b: the DiT's width."""
+    return both(N, "DiT's width", [(NAMES[k], dict(dit=k)) for k in ("narrow", "base", "wide")]
+                ) + "\n\n" + N.note("scaling", dit="wide")
 
 
 def guidance(N):
-    rows = [[f"{w:g}", *(N.scores(z, 10, w)[i] for i in (0, 1) for z in ("svg", "vae"))]
-            for w in (1.0, 1.5, 2.0, 3.0, 4.0)
+    """Guidance from 1 to 4."""
+    rows = [[f"{w:g}", *beside(N, 10, w)] for w in (1.0, 1.5, 2.0, 3.0, 4.0)
             if len(N.values("generation", "frechet", latent="vae", steps=10, scale=w,
                             trained=N.end(), dit="base"))]
-    return markdown(["guidance", "recognised, SVG", "VAE", "Frechet, SVG", "VAE"],
+    return markdown(["guidance", *BESIDE],
                     rows) + "\n\n" + N.note("guidance", latent="vae", scale=4.0)
 
 
 def shift(N):
+    """The time shift in sampling."""
     rows = [[AUTO if s == "auto" else s, *N.scores("svg", 3, 1.0, shift=s),
              *N.scores("svg", 10, 1.0, shift=s)] for s in evidence.SHIFTS]
     return markdown(["shift in sampling", "recognised, 3 steps", "Frechet, 3 steps",
@@ -240,6 +256,7 @@ def shift(N):
 
 
 def trainshift(N):
+    """The time shift in training."""
     rows = [[name, *N.scores("svg", 3, 1.0, dit=kind), *N.scores("svg", 10, 1.0, dit=kind)]
             for name, kind in ((AUTO, "shiftauto"), ("1", "shift1"), ("2.5", "base"),
                                ("6.67", "shift6.67"))
@@ -250,6 +267,7 @@ def trainshift(N):
 
 
 def noise(N):
+    """RAE's noisy decoder, off and on."""
     rows = [[name, N.cell("latents", "psnr", 2, latent=z),
              N.cell("latents", "decoded_frechet", 2, latent=z), *N.scores(z, 10, 1.0),
              *N.scores(z, 10, 2.0)] for name, z in (("off", "svg"), ("on, 0.4", "noise"))
@@ -260,6 +278,7 @@ def noise(N):
 
 
 def width(N):
+    """RAE's test of the DiT's width."""
     rows = [[str(w), *(N.cell("width", "loss", 4, latent=z, width=w) for z in ("svg", "vae"))]
             for w in evidence.WIDTHS]
     return markdown(["DiT's width", "loss, SVG (112 channels)", "loss, VAE (16 channels)"],
@@ -267,6 +286,7 @@ def width(N):
 
 
 def editing(N):
+    """Figure 10 in numbers."""
     names = dict(new_class="judged the new class", old_class="judged the old class",
                  floor="judged the new class before the edit",
                  psnr_outside="PSNR outside the mask, dB",
@@ -278,6 +298,7 @@ def editing(N):
 
 
 def cost(N):
+    """What the trainings took."""
     rows = [[NAMES[z], N.cell("cost", "seconds", 0, stage="ae", latent=z),
              N.cell("cost", "seconds", 0, stage="dit", latent=z, dit="base")]
             for z in ("svg", "vae", "dino", "unaligned")]
