@@ -22,12 +22,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-import config
-from config import Stop, UserError, check_shared, field, require
+from plumbing import config
+from plumbing.config import Stop, UserError, check_shared, field, require
 from data import load_images, to_float
 from dino import DINOv3, ViTConfig, load_dino, rebuild
 from metrics import psnr, ssim
-from perceptual import load_lpips
+from plumbing.lpips import load_lpips
 
 # Letters: B batch, S picture side, h w the latent grid, N = h w tokens,
 #          D channels of DINO, R of the residual, C of the latent (D + R).

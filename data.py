@@ -21,9 +21,9 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import config
-from config import UserError
-from fetch import alone, cache as home, fetch, unpack
+from plumbing import config
+from plumbing.config import UserError
+from plumbing.fetch import alone, cache as home, fetch, unpack
 
 # ---------------------------------------------------------------- shapes: geometry
 #

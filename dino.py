@@ -20,10 +20,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-import config
-from config import UserError, field, require
+from plumbing import config
+from plumbing.config import UserError, field, require
 from data import shapes, to_float
-from fetch import HUB, cache, fetch
+from plumbing.fetch import HUB, cache, fetch
 from metrics import knn, linear_probe
 
 # Letters: B batch, H W image, h w its patches, N = h w, P = 1 + registers + N tokens,

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-import config
+from plumbing import config
 from ae import load_ae, save_grid, to_uint8
-from config import Stop, UserError, check_shared, field, require
+from plumbing.config import Stop, UserError, check_shared, field, require
 from data import load_images, to_float
 from dino import attention
 from flow import auto_shift, draw, euler, flow_loss, guided

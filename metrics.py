@@ -21,8 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import config
-from config import Stop, field, require                   # require raises ValueError
+from plumbing import config
+from plumbing.config import Stop, field, require                   # require raises ValueError
 from data import SHAPE_NAMES, shapes
 
 # Letters: B images, C channels, H W pixels; n, m rows of features, d their width.

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import config
+from plumbing import config
 from ae import load_ae, save_grid, to_uint8
-from config import UserError, field, require
+from plumbing.config import UserError, field, require
 from data import SHAPES_SPLITS, decode, load_images, shapes, to_float
 from dit import check_shift, load_dit, resolve_shift
 from flow import euler, guided, heun, times

@@ -4,8 +4,8 @@
 
 Letters as in the files under test.
 """
-import ast, contextlib, copy, hashlib, io, json, math, os, re, resource, shutil, signal, struct
-import subprocess, sys, tarfile, threading, time, types, zlib
+import ast, contextlib, copy, hashlib, importlib, io, json, math, os, re, resource, shutil, signal
+import struct, subprocess, sys, tarfile, threading, time, types, zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,11 +17,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
-import ae, bench, config, data, dino, dit, evidence, fetch, flow, metrics, perceptual, report
-import sample, toy_flow
-from config import UserError
+import ae, data, dino, dit, flow, metrics, sample, toy_flow
+from exercises import check as exercises
+from lab import bench, evidence, report
+from plumbing import config, fetch, lpips as perceptual
+from plumbing.config import UserError
 from dino import DINOv3, ViTConfig, load_dino, read_safetensors
-from perceptual import LPIPS, load_lpips
+from plumbing.lpips import LPIPS, load_lpips
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)                 # small sums: a second thread only waits
@@ -42,8 +44,15 @@ def work(tmp_path_factory):
 
 def run(script, *args, cwd, **more):
     """One of the scripts as a user starts it."""
-    return subprocess.run([sys.executable, str(HERE / script), *map(str, args)], cwd=cwd, text=True,
-                          capture_output=True, timeout=300, **more)
+    return subprocess.run([*start(script), *map(str, args)], cwd=cwd, text=True,
+                          capture_output=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(HERE)},
+                          **more)
+
+
+def start(script):
+    """ae.py, or a module such as lab.evidence -> the beginning of its command line."""
+    return [sys.executable, *([str(HERE / script)] if script.endswith(".py") else ["-m", script])]
 
 
 def one_line(result, *words, code=1):
@@ -1403,7 +1412,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     with pytest.raises(config.UserError):
         config.load(tmp_path / "x.pt")
     assert not (tmp_path / "owned").exists()
-    for source in HERE.glob("*.py"):
+    for source in HERE.rglob("*.py"):
         for call in re.findall(r"torch\.load\((.*)\)", source.read_text()):
             assert "weights_only=True" in call or source.name == "test_all.py", source
         assert "allow_pickle" not in source.read_text() or source.name == "test_all.py"
@@ -1869,7 +1878,7 @@ def test_the_floor_of_raw_pixels_holds_each_pixel_once():
 def measured(tmp_path_factory):
     """Rows of two experiments on `--preset debug`, as a user makes them."""
     folder = tmp_path_factory.mktemp("measured")
-    result = run("evidence.py", "fields", "width", "--preset", "debug", cwd=folder)
+    result = run("lab.evidence", "fields", "width", "--preset", "debug", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "$ python ae.py --preset debug --latent vae --seed 0" in result.stdout
     assert "straightness: " in result.stdout
@@ -1882,15 +1891,15 @@ def test_evidence_goes_on_and_does_nothing_twice(measured):
     for r in rows:
         assert 0 < float(r["straightness"]) <= 1 and 0 < float(r["consistency"]) < 1
     before = (measured / "results/paths.tsv").read_text()
-    again = run("evidence.py", "fields", "--preset", "debug", cwd=measured)
+    again = run("lab.evidence", "fields", "--preset", "debug", cwd=measured)
     assert again.returncode == 0 and "$ python" not in again.stdout
     assert (measured / "results/paths.tsv").read_text() == before
-    one_line(run("evidence.py", "nothing", cwd=measured), "nothing: no such experiment", code=2)
-    one_line(run("evidence.py", "fields", "--seeds", "a", cwd=measured), "--seeds", code=2)
-    listing = run("evidence.py", cwd=measured)
+    one_line(run("lab.evidence", "nothing", cwd=measured), "nothing: no such experiment", code=2)
+    one_line(run("lab.evidence", "fields", "--seeds", "a", cwd=measured), "--seeds", code=2)
+    listing = run("lab.evidence", cwd=measured)
     assert listing.returncode == 0
     assert all(name in listing.stdout for name in evidence.EXPERIMENTS)
-    one_line(run("report.py", "--preset", "debug", cwd=measured), "evidence.py all")
+    one_line(run("lab.report", "--preset", "debug", cwd=measured), "evidence.py all")
 
 
 def test_every_experiment_has_jobs_and_its_table():
@@ -1939,51 +1948,47 @@ def test_the_readme_shows_what_results_hold():
     N = report.Numbers(HERE / "results", "small")
     assert N.tables["generation"], "results/generation.tsv has no rows"
     blocks = {name: make(N) for name, make in report.TABLES.items()}
-    assert report.fill(README, blocks) == README, "run `python report.py`"
+    assert report.fill(README, blocks) == README, "run `python -m lab.report`"
 
 
 # ---------------------------------------------------------------- the house and the README
 
-ORDER = {                            # who may import whom: only what stands before it
-    "config": set(), "flow": set(), "fetch": {"config"}, "data": {"config", "fetch"},
-    "metrics": {"config", "data"}, "perceptual": {"config", "fetch"},
-    "toy_flow": {"config", "flow", "metrics"}, "dino": {"config", "data", "fetch", "metrics"},
-    "ae": {"config", "data", "dino", "metrics", "perceptual"},
-    "dit": {"config", "data", "flow", "dino", "ae"},
-    "sample": {"config", "data", "flow", "ae", "dit", "metrics"},
-    "evidence": {"config", "data", "fetch", "flow", "metrics", "dino", "ae", "dit", "sample"},
-    "report": {"config", "data", "flow", "metrics", "toy_flow", "ae", "sample", "evidence",
-               "exercises"},
-    "bench": {"config", "data", "dino", "flow", "ae", "dit"},
-    "exercises": {"config", "data", "dino", "flow", "metrics", "toy_flow", "ae", "dit", "sample"},
-}
+CORE = "flow toy_flow data dino ae dit sample metrics".split()
 
 
 def imports(path):
+    """The modules that a file imports, dotted, project's packages spelled out."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[0] for a in node.names}
+            found |= {a.name for a in node.names}
         if isinstance(node, ast.ImportFrom):
-            found.add(node.module.split(".")[0])
+            found.add(node.module)
     return found
 
 
 def test_import_direction_and_the_five_packages():
-    files = {p.stem for p in HERE.glob("*.py")}
-    for stem in files - {"test_all"}:
-        found = imports(HERE / f"{stem}.py")
-        if stem in ORDER:
-            assert found & files <= ORDER[stem], (stem, found & files)
-        third = {m for m in found - files if m not in sys.stdlib_module_names}
-        assert third <= {"torch", "numpy", "tqdm", "PIL", "requests"}, (stem, third)
+    for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py")]:
+        found = {m.split(".")[0] for m in imports(path)}
+        if "test" in path.name:
+            continue
+        own = {p.stem for p in HERE.glob("*.py")} | {"plumbing", "lab", "exercises"}
+        if path.parent.name == "plumbing":
+            assert found & own <= {"plumbing"}, path
+        if path.parent == HERE:
+            assert not found & {"lab", "exercises"}, path
+        third = {m for m in found - own if m not in sys.stdlib_module_names}
+        assert third <= {"torch", "numpy", "tqdm", "PIL", "requests"}, (path, third)
+    assert imports(HERE / "flow.py") <= {"math", "torch"}
 
 
 def test_importing_does_no_work(tmp_path):
-    code = "; ".join(f"import {m}" for m in ORDER)
+    modules = [*CORE, *(f"{p.parent.name}.{p.stem}" for p in HERE.glob("*/*.py")
+                        if "test" not in p.name)]
+    code = "; ".join(f"import {m}" for m in modules)
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
                             capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert result.returncode == 0 and not result.stdout and not os.listdir(tmp_path)
+    assert result.returncode == 0 and not result.stdout and not os.listdir(tmp_path), result.stderr
 
 
 README = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
@@ -1993,9 +1998,9 @@ def test_the_readme_names_what_there_is():
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (HERE / path).exists(), path
     for name in set(re.findall(r"\b(\w+\.py)\b", README)):
-        assert (HERE / name).exists(), name
+        assert list(HERE.rglob(name)), name
     for name, lines in re.findall(r"\| `(\w+\.py)` \| (\d+) \|", README):
-        assert abs(len((HERE / name).read_text().splitlines()) - int(lines)) <= 10, name
+        assert abs(len(next(HERE.rglob(name)).read_text().splitlines()) - int(lines)) <= 10, name
 
 
 COMMANDS = sorted({line.split("#")[0].strip() for block in re.findall(r"```(?:sh|bash)\n(.*?)```",
@@ -2006,9 +2011,11 @@ COMMANDS = sorted({line.split("#")[0].strip() for block in re.findall(r"```(?:sh
 def test_every_flag_of_the_readmes_commands_exists(command):
     for part in command.split("&&"):
         words = part.split()
-        if words[1] == "-m" or words[1] == "test_all.py":
+        if words[1:3] == ["-m", "pytest"] or words[1] == "test_all.py":
             continue
-        module, flags = __import__(Path(words[1]).stem), words[2:]
+        if words[1] == "-m":
+            words = words[1:]
+        module, flags = importlib.import_module(words[1].removesuffix(".py")), words[2:]
         while module is evidence and flags and not flags[0].startswith("-"):
             assert flags[0] in (*evidence.EXPERIMENTS, "all")
             flags = flags[1:]
@@ -2016,8 +2023,6 @@ def test_every_flag_of_the_readmes_commands_exists(command):
 
 
 # ---------------------------------------------------------------- exercises.py
-
-import exercises                         # here, because it is the last part of the house
 
 
 def test_twelve_exercises_are_not_yet_solved(tmp_path, monkeypatch, capsys):
@@ -2034,7 +2039,7 @@ def test_twelve_exercises_are_not_yet_solved(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("n", range(1, 13))
 def test_the_lines_of_an_exercise_are_marked(n):
-    marked = {p.name for p in HERE.glob("*.py") if p.name not in ("exercises.py", "test_all.py")
+    marked = {p.name for p in HERE.glob("*.py") if p.name not in ("check.py", "test_all.py")
               and re.search(rf"# ---- .*EXERCISE {n}: .* ----$", p.read_text(), re.M)}
     text = exercises.EXERCISES[f"exercise_{n}"].__doc__
     assert marked and any(name.split(".")[0] in text for name in marked), marked

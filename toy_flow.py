@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from config import atomic, field, generator, one_line_errors, parse, require, setup
+from plumbing.config import atomic, field, generator, one_line_errors, parse, require, setup
 from flow import euler, flow_loss, guided
 from metrics import energy_distance
 

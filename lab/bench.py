@@ -1,7 +1,7 @@
 """How fast each stage is on this machine: image feed, encoder, training steps, sampling.
 
-    python bench.py                       # the shapes preset on whatever device there is, 1 minute
-    python bench.py --repeats 20 --threads 1
+    python -m lab.bench    # the shapes preset on whatever device there is, 1 minute
+    python -m lab.bench --repeats 20 --threads 1
 
 Floating-point operations are counted from the model as it runs (multiply and add are two), the
 share is of the matrix-product rate measured here, in the precision that the network runs in.
@@ -14,9 +14,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ae
-import config
+from plumbing import config
 import dit
-from config import field, require
+from plumbing.config import field, require
 from data import shapes, to_float
 from dino import load_dino
 from flow import euler, flow_loss, guided

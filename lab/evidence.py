@@ -1,13 +1,13 @@
 """The evidence: every claim of the paper as one command, on the embedded data, without a download.
 
-    python evidence.py                    # lists the experiments
-    python evidence.py residual           # Figure 5, Table 4: what the residual and matching do
-    python evidence.py all                # everything; start it twice to use two cores
-    python evidence.py all --preset debug # the same path in minutes: noise, but every file
+    python -m lab.evidence                    # lists the experiments
+    python -m lab.evidence residual           # Figure 5, Table 4: what the residual and matching do
+    python -m lab.evidence all                # everything; start it twice to use two cores
+    python -m lab.evidence all --preset debug # the same path in minutes: noise, but every file
 
 Each experiment trains what it needs into out/evidence/<preset>/, by the very commands that it
 prints, measures, and adds rows to results/*.tsv.  What is there already is not done again: a
-killed run goes on with the same command.  `python report.py` turns the rows into the README's
+killed run goes on with the same command.  `python -m lab.report` turns the rows into the README's
 tables and figures.  Samples are judged by the CNN of metrics.py, which shares nothing with the
 encoder.
 """
@@ -20,13 +20,13 @@ from types import SimpleNamespace
 import torch
 
 import ae
-import config
+from plumbing import config
 import dino
 import dit
 import sample
-from config import UserError, field, require
+from plumbing.config import UserError, field, require
 from data import load_images, shapes, to_float
-from fetch import alone
+from plumbing.fetch import alone
 from flow import euler, flow_loss, guided
 from metrics import knn, linear_classes, linear_probe, mean_iou, psnr, ssim
 
@@ -204,7 +204,7 @@ def restate(source, target, other):
     """The same autoencoder under other statistics.  scalar: `ae.py` will measure them; loud: from
     those of scalar, but the residual's channels are made LOUD times larger, as they might come out
     of a training that matches nothing; the decoder undoes it, so that nothing else changes."""
-    checkpoint = config.load_kind(source, "ae", "python evidence.py")
+    checkpoint = config.load_kind(source, "ae", "python -m lab.evidence")
     checkpoint["config"]["normalise"], checkpoint["fingerprint"] = "scalar", None
     if other == "loud":
         checkpoint["model"]["std"][-checkpoint["config"]["residual_dim"]:] /= LOUD
@@ -549,7 +549,7 @@ def main(argv=None):
         if left:
             time.sleep(5)
     print(f"{total} measurements are in {c.results}/, {time.time() - began:.0f} s; "
-          "`python report.py` makes tables and figures of them")
+          "`python -m lab.report` makes tables and figures of them")
 
 
 if __name__ == "__main__":

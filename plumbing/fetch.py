@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 import requests
 from tqdm import tqdm
 
-import config
-from config import UserError
+from plumbing import config
+from plumbing.config import UserError
 
 try:
     import fcntl

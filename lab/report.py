@@ -1,8 +1,8 @@
 """From results/*.tsv to the README: every table and curve in it is made here, so that nobody types
 a number.
 
-    python report.py                # tables into README.md, curves into assets/; seconds
-    python report.py --pictures     # also the maps and pictures, from the models of evidence.py
+    python -m lab.report                # tables into README.md, curves into assets/; seconds
+    python -m lab.report --pictures     # also the maps and pictures, from the models of evidence.py
 
 A table stands in README.md between <!-- NAME --> and <!-- /NAME -->; all between is replaced.
 """
@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import config
-import evidence
-import exercises
+from plumbing import config
+from lab import evidence
+from exercises import check as exercises
 import sample
 from ae import load_ae, save_grid, to_uint8
-from config import UserError, field
+from plumbing.config import UserError, field
 from data import load_images, shapes, to_float
 from flow import auto_shift
 from metrics import pca, tsne
@@ -27,7 +27,7 @@ from toy_flow import GREY, INK, K, PAPER, RULE, Canvas
 
 @dataclass
 class Config:
-    """The flags of `python report.py`."""
+    """The flags of `python -m lab.report`."""
     preset: str = field("small", "which rows: the preset of evidence.py that made them")
     out: str = field("out/evidence", "folder of the trained models, for --pictures")
     results: str = field("results", "folder of the tables")
@@ -76,10 +76,10 @@ class Numbers:
         """The line under a table: how it was measured."""
         rows = [r for r in self.tables[table] if matches(r, key)]
         if not rows:
-            return f"*Not measured yet; `python evidence.py {name}` does it.*"
+            return f"*Not measured yet; `python -m lab.evidence {name}` does it.*"
         seeds = sorted({r["seed"] for r in rows if "seed" in r}, key=int)
         counts = sorted({int(r["n"]) for r in rows if "n" in r})
-        parts = [f"`python evidence.py {name}`", f"seeds {', '.join(seeds)}"]
+        parts = [f"`python -m lab.evidence {name}`", f"seeds {', '.join(seeds)}"]
         parts += [f"n = {counts[-1]:,}"] if counts else []
         return "*" + "; ".join(parts) + "; mean ± standard deviation over the seeds.*"
 
@@ -474,14 +474,15 @@ def main(argv=None):
     c = config.parse(Config, PRESETS, argv)
     N, readme = Numbers(c.results, c.preset), Path(c.readme)
     if not N.tables["generation"]:
-        raise UserError(f"{c.results}: no rows of preset {c.preset}; `python evidence.py all` "
+        raise UserError(f"{c.results}: no rows of preset {c.preset}; `python -m lab.evidence all` "
                         "makes them")
     blocks = {name: table(N) for name, table in TABLES.items()}
     if not readme.is_file():
         raise UserError(f"{readme}: no such file")
     text = fill(readme.read_text(), blocks)
+    root = Path(__file__).parents[1]
     text = re.sub(r"(\| `(\w+\.py)` \| )\d+( \|)", lambda m: m[1] + str(len(
-        Path(__file__).with_name(m[2]).read_text().splitlines())) + m[3], text)
+        next(root.rglob(m[2])).read_text().splitlines())) + m[3], text)
     config.atomic(readme, lambda t: Path(t).write_text(text))
     print(f"wrote {len(blocks)} tables into {readme}")
     curves(N, c.assets)

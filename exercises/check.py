@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ae, data, dino, dit, flow, metrics, sample, toy_flow
-from config import UserError, generator
+from plumbing.config import UserError, generator
 
 # Letters: B batch, C latent channels, h w latent grid, N tokens, n rows of features.
 

@@ -10,9 +10,9 @@ are used) and the heads, five rows of channel weights (7 KB, version 0.1).
 import torch
 import torch.nn as nn
 
-import config
-from config import UserError
-from fetch import cache, fetch
+from plumbing import config
+from plumbing.config import UserError
+from plumbing.fetch import cache, fetch
 
 # Letters: B batch, H W picture, C h w the channels and sides of one level's map.
 

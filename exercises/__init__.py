@@ -1,0 +1,1 @@
+"""Twelve exercises: the text is README.md, the checks are check.py."""
