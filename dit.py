@@ -1,29 +1,30 @@
 """Stage 2: a diffusion transformer learns the latents of stage 1 by flow matching.
 
-The DiT (arXiv 2212.09748) with QK-norm as SVG trains it (arXiv 2510.15301, section 3.3): one token
-a latent position, adaLN-zero, label dropout for guidance, fixed sine-cosine positions.  It reads
-the latents that `ae.py` cached, so that no encoder runs in the loop.
+The DiT (arXiv 2212.09748) with QK-norm, as SVG trains it (arXiv 2510.15301, section 3.3): one token
+per latent position, adaLN-zero, label dropout for guidance, fixed sine-cosine positions.  It trains
+on cached latents, so no encoder runs in the loop.
 
-    python dit.py                         # shapes; 4.2 minutes on two CPU cores
-    python dit.py --out out/vae           # on the baseline's latents, wherever stage 1 wrote them
+    python dit.py                                     # shapes; 4.2 minutes on two CPU cores
+    python dit.py --out out/vae                       # on the latents of another autoencoder
+    python dit.py --ae out/shapes --out out/mine --shift 1    # a second DiT on the same latents
 
-Reads out/<preset>/ae.pt and latents.npy; writes out/<preset>/dit.pt (self-describing) and
-preview.png (the same noise and classes each time, so that one sees it learn).
+Reads ae.pt; writes out/<preset>/dit.pt (self-describing) and preview.png (always the same noise and
+classes, so that one sees it learn).
 """
-import json, math, time
+import math, time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 
-from plumbing import config
-from ae import load_ae, save_grid, to_uint8
-from plumbing.config import Stop, UserError, check_shared, field, require
-from data import load_images, to_float
+from ae import load_ae, load_latents, load_pictures
+from data import to_float, to_uint8
 from dino import attention
 from flow import auto_shift, draw, euler, flow_loss, guided
+from plumbing import config
+from plumbing.config import UserError, check_training, field, require
+from plumbing.draw import save_grid
 
 # Letters: B batch, C latent channels, h w latent grid, N = h w tokens, D width, A heads.
 
@@ -34,8 +35,9 @@ from flow import auto_shift, draw, euler, flow_loss, guided
 class Config:
     """Stage 2."""
     preset: str = field("shapes", "a named set of the options below")
-    out: str = field("", "the folder that stage 1 wrote; out/<preset> if empty")
-    size: str = field("tiny", "tiny, S, B, L or XL; --dim, --depth and --heads override it",
+    out: str = field("", "folder for the results; out/<preset> if empty")
+    ae: str = field("", "folder of stage 1's ae.pt; the same as --out if empty")
+    size: str = field("tiny", "width, depth and heads; --dim, --depth and --heads override it",
                       ("tiny", "S", "B", "L", "XL"))
     dim: int = field(0, "width; 0: what --size says")
     depth: int = field(0, "number of blocks; 0: what --size says")
@@ -43,48 +45,41 @@ class Config:
     # ---- EDIT HERE for ablations: the flow ----
     shift: str = field("2.5", "time shift in training, above 1: more time near noise; auto: RAE's "
                        "rule by the latent's size (code: 2.5)")
-    sample_shift: str = field("4", "time shift of sampling, the same convention (code: 6.67)")
-    drop: float = field(0.1, "share of labels replaced by 'no class', for guidance (paper: 0.1)")
+    sample_shift: str = field("4", "time shift in sampling, same convention (code: 6.67)")
+    drop: float = field(0.1, "fraction of labels replaced by 'no class', for guidance (paper: 0.1)")
     # -------------------------------------------
-    steps: int = field(3500, "optimiser steps")
-    batch: int = field(64, "latents a step, over all ranks together (paper: 256)")
-    micro_batch: int = field(0, "latents at a time, for a small card; 0: all. Same gradient")
+    steps: int = field(3500, "optimizer steps")
+    batch: int = field(64, "latents per step, over all ranks together (paper: 256)")
+    micro_batch: int = field(0, "latents at a time, for a small GPU; 0: all. Same gradient")
     lr: float = field(2e-3, "learning rate (paper: 1e-4)")
     warmup: int = field(200, "steps of linear warm-up (paper: 0)")
     decay: bool = field(True, "cosine decay of the learning rate to zero (paper: no)")
-    weight_decay: float = field(0.0, "AdamW's weight decay (paper: 0)")
     beta2: float = field(0.99, "AdamW's beta 2 (paper: 0.999)")
-    clip: float = field(1.0, "greatest norm of the gradient; 0: no clipping (paper: 0)")
-    ema: float = field(0.999, "decay of the averaged weights once warm (paper: 0.9999)")
-    preview_every: int = field(1000, "steps between preview pictures")
-    preview_scale: float = field(2.0, "guidance of the preview pictures")
+    clip: float = field(1.0, "largest gradient norm; 0: no clipping (paper: 0)")
+    ema: float = field(0.999, "decay of the averaged weights after warm-up (paper: 0.9999)")
+    cache: bool = field(True, "encode all training images once, to disk, or each batch as it comes")
+    preview_every: int = field(1000, "steps between preview images")
     seed: int = field(0, "all randomness is a function of (seed, step)")
-    device: str = field("auto", "cuda, cpu, ...; auto takes a GPU when there is one")
+    device: str = field("auto", "cuda, cpu, ...; auto takes a GPU if there is one")
     save_every: int = field(500, "steps between checkpoints")
-    keep: str = field("", "steps, with commas between, after which the averaged weights are kept "
-                      "for good, as dit_<step>.pt")
-    overwrite: bool = field(False, "start afresh over what is in --out")
+    keep: tuple = field((), "steps whose averaged weights are kept as dit_<step>.pt")
+    overwrite: bool = field(False, "start from scratch, replacing what is in --out")
 
     def check(self):
-        """Fill the sizes in; impossible combinations end here, before anything is read."""
+        """Fill in the sizes; ValueError for impossible values, before anything is read."""
         dim, depth, heads = SIZES[self.size]
         self.dim, self.depth = self.dim or dim, self.depth or depth
         self.heads = self.heads or heads
-        check_shared(self)
-        require(self.dim > 0 and self.depth > 0 and self.heads > 0,
-                "--dim, --depth and --heads must be positive")
+        check_training(self)
+        for name, least in dict(dim=1, depth=1, heads=1, micro_batch=0, clip=0,
+                                preview_every=1).items():
+            require(getattr(self, name) >= least, f"--{name} must be at least {least}")
         require(self.dim % self.heads == 0, f"--dim {self.dim} must be a multiple of --heads "
                 f"{self.heads}")
         require(self.dim % 4 == 0, "--dim must be a multiple of 4")
         check_shift("--shift", self.shift)
         check_shift("--sample_shift", self.sample_shift)
-        require(self.micro_batch >= 0 and self.clip >= 0,
-                "--micro_batch and --clip must not be negative")
-        require(0 <= self.drop < 1, "--drop must be in [0, 1)")
-        require(0 <= self.ema < 1, "--ema must be in [0, 1)")
-        require(self.preview_every >= 1, "--preview_every must be at least 1")
-        require(all(k.strip().isdigit() for k in self.keep.split(",") if self.keep),
-                "--keep must be whole numbers with commas between, such as 500,1000")
+        require(0 <= self.drop < 1 and 0 <= self.ema < 1, "--drop and --ema must be in [0, 1)")
 
 
 SIZES = {                      # width, depth, heads; parameters at 392 channels
@@ -96,12 +91,12 @@ SIZES = {                      # width, depth, heads; parameters at 392 channels
 }
 
 PRESETS = {
-    # 2 CPU cores (AMD EPYC), seed 0, 4.2 min: 10 steps, guidance 2: .941 recognised, Frechet 0.90.
+    # 2 CPU cores (AMD EPYC), seed 0, 4.2 min: 10 steps, guidance 2: accuracy .941, Frechet 0.90.
     "shapes": dict(),
     # 2 CPU cores, 3 s: noise, but every file.
     "debug": dict(dim=128, depth=1, heads=4, steps=20, batch=32, warmup=5, save_every=10,
                   preview_every=20),
-    # The paper's optimiser and shifts, its size B. Not trained here: no weights, no photographs.
+    # The paper's optimizer and shifts, its size B. Not trained here: no weights, no photographs.
     "imagenette": dict(size="B", shift="2.5", sample_shift="6.67", steps=40000, batch=256,
                        lr=1e-4, warmup=0, decay=False, beta2=0.999, clip=0.0, ema=0.9999,
                        preview_every=2000, save_every=2000),
@@ -140,8 +135,8 @@ def modulate(x, shift, scale):
 
 
 class TimeEmbedding(nn.Module):
-    """t in [0, 1] -> (B, D).  Times 1000, because the sinusoid was made for 0..1000: without it 12
-    of its first 128 channels move at all."""
+    """t in [0, 1] -> (B, D).  Times 1000, because the sinusoid was designed for 0..1000: on [0, 1]
+    only 12 of its first 128 channels would vary."""
 
     def __init__(self, dim):
         super().__init__()
@@ -152,7 +147,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a modulated norm and a gate that begins at zero."""
+    """Attention and MLP, each behind a modulated norm and a gate that starts at zero."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -160,7 +155,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        # QK-norm: keeps the logits from growing until bfloat16 breaks; weights shared by the heads
+        # QK-norm keeps the logits from growing until bfloat16 breaks; the heads share its weights
         self.q_norm, self.k_norm = nn.LayerNorm(dim // heads), nn.LayerNorm(dim // heads)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
         self.ada = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -196,7 +191,7 @@ class DiT(nn.Module):
         for weight in (self.label.weight, self.time.mlp[0].weight, self.time.mlp[2].weight):
             nn.init.normal_(weight, std=0.02)
         for m in [*(b.ada[1] for b in self.blocks), self.ada[1], self.out]:
-            nn.init.zeros_(m.weight)                    # adaLN-zero: every block begins as identity
+            nn.init.zeros_(m.weight)                    # adaLN-zero: each block starts as identity
             nn.init.zeros_(m.bias)
 
     def positions(self, h, w, device):
@@ -221,161 +216,119 @@ class DiT(nn.Module):
 
 
 def load_dit(path, device="cpu"):
-    """dit.pt -> DiT holding the EMA weights, in eval mode; `sample_shift` and `ae` (the fingerprint
-    of the autoencoder whose latents it learned) as attributes.  Raises UserError."""
+    """dit.pt -> DiT holding the EMA weights, in eval mode, with `sample_shift`, `step`, and the
+    `ae_fingerprint` and `ae_folder` of the autoencoder whose latents it learned.  UserError."""
     checkpoint = config.load_kind(path, "dit", "python dit.py")
-    model = build(checkpoint)
+    c = checkpoint["config"]
+    model = DiT(checkpoint["channels"], checkpoint["classes"], c["dim"], c["depth"], c["heads"])
     model.load_state_dict(checkpoint["ema"])                       # strict
-    model.sample_shift, model.ae = checkpoint["sample_shift"], checkpoint["ae"]
-    model.step = checkpoint["step"]
+    for name in ("sample_shift", "step", "ae_fingerprint", "ae_folder"):
+        setattr(model, name, checkpoint[name])
     return model.to(device).eval().requires_grad_(False)
 
 
-def build(checkpoint):
-    """A fresh DiT of a checkpoint's shape."""
-    c = checkpoint["config"]
-    return DiT(checkpoint["channels"], checkpoint["classes"], c["dim"], c["depth"], c["heads"])
-
-
-def load_latents(out, ae):
-    """-> latents float16 (2, M, C, h, w) memory-mapped, labels int64 (M,); refuses a cache that
-    another autoencoder wrote.  Where stage 1 wrote none, None and the labels of the pictures."""
-    note, out = Path(out) / "latents.json", Path(out)
-    try:
-        said = json.loads(note.read_text()) if note.is_file() else {}
-    except ValueError:
-        said = {}
-    if said.get("cached") is False and said["ae"] == ae.fingerprint:
-        return None, load_pictures(ae)[1]
-    if not (said and (out / "latents.npy").is_file()):
-        raise UserError(f"{out / 'latents.npy'}: no such file; `python ae.py --out {out}` makes it")
-    if said["ae"] != ae.fingerprint:
-        raise UserError(f"{out / 'latents.npy'} was written by another autoencoder than "
-                        f"{out / 'ae.pt'}; run its `python ae.py` command again")
-    try:
-        latents = np.load(out / "latents.npy", mmap_mode="r")
-        return latents, torch.from_numpy(np.load(out / "labels.npy"))
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{out / 'latents.npy'}: truncated or corrupt ({error}); delete "
-                        f"{note} and run the `python ae.py` command again") from None
-
-
-
-def load_pictures(ae):
-    """The pictures that stage 1 learned from -> images uint8 (M, 3, S, S), labels int64 (M,)"""
-    images, labels, _ = load_images(ae.dataset, ae.image_size, "train", classes=ae.subset)
-    return images[:ae.images or None], labels[:ae.images or None]
-
+def check_pair(model, ae):
+    """UserError unless the DiT learned the latents of this autoencoder."""
+    if getattr(model, "ae_fingerprint", None) not in (None, getattr(ae, "fingerprint", None)):
+        raise UserError("the DiT learned the latents of another autoencoder than this ae.pt; "
+                        "`python dit.py --overwrite` trains it on these")
 
 # ---------------------------------------------------------------- train
 
 
 def train(c):
-    """Run or continue stage 2 as its Config says; -> the DiT holding the EMA weights."""
+    """Run or resume stage 2 as its Config says -> the DiT holding the EMA weights."""
     device, autocast = config.setup(c.device)
-    out = Path(c.out)
+    out, folder = Path(c.out), Path(c.ae or c.out)
     path = out / "dit.pt"
-    ae = load_ae(out / "ae.pt", device)
-    latents, labels = load_latents(out, ae)
-    pictures = load_pictures(ae)[0] if latents is None else None
-    shift, sample_shift = resolve_shift(c.shift, ae), resolve_shift(c.sample_shift, ae)
+    ae = load_ae(folder / "ae.pt", device)
     checkpoint = config.resume(path, "dit", c, "python dit.py")
-    if checkpoint and checkpoint["ae"] != ae.fingerprint:
-        raise UserError(f"{path} learned the latents of another autoencoder than {out / 'ae.pt'}; "
-                        "--overwrite starts afresh")
-    if checkpoint and checkpoint["step"] >= c.steps:
-        return load_dit(path, device)
-    torch.manual_seed(c.seed)
-    model = DiT(ae.latent_dim, len(ae.classes), c.dim, c.depth, c.heads).to(device)
-    ema = DiT(ae.latent_dim, len(ae.classes), c.dim, c.depth, c.heads).to(device).eval()
-    ema.load_state_dict(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), c.lr, (0.9, c.beta2),
-                                  weight_decay=c.weight_decay, fused=True)
-    start = 0
     if checkpoint:
-        start = checkpoint["step"]
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    announce(c, device, model, ae, len(labels), shift)
+        finished = load_dit(path, device)
+        check_pair(finished, ae)
+        if finished.step >= c.steps:
+            return finished
+    shift, sample_shift = resolve_shift(c.shift, ae), resolve_shift(c.sample_shift, ae)
+    batch, count = feed(c, ae, folder, device, autocast)
+    torch.manual_seed(c.seed)
+    model = DiT(ae.latent_dim, len(ae.class_names), c.dim, c.depth, c.heads).to(device)
+    ema = DiT(ae.latent_dim, len(ae.class_names), c.dim, c.depth, c.heads).to(device).eval()
+    ema.load_state_dict(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), c.lr, (0.9, c.beta2), weight_decay=0.0,
+                                  fused=True)
+    parts = dict(model=model, ema=ema, optimizer=optimizer)
+    if checkpoint:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
 
-    def save(path, step, **state):
+    def save(step, path=path, names=tuple(parts)):
         if config.rank() == 0:
             config.save(path, dict(
                 kind="dit", version=config.VERSION, config=config.plain(c), step=step,
-                channels=model.channels, classes=model.classes, ae=ae.fingerprint,
-                sample_shift=sample_shift, ema=ema.state_dict(), **state))
+                channels=model.channels, classes=model.classes, sample_shift=sample_shift,
+                ae_fingerprint=ae.fingerprint, ae_folder=str(folder.resolve()),
+                **{k: parts[k].state_dict() for k in names}))
+
+    announce(c, device, model, ae, count, shift)
+    start, began, by_time = checkpoint["step"] if checkpoint else 0, time.time(), LossByTime(device)
+    loop, following = config.Loop("dit", c, optimizer, path, save, start), batch(start)
+    for step in loop:
+        x1, y, noise = following                                   # (B, C, h, w), (B,)
+        optimizer.zero_grad(set_to_none=True)
+        losses, t = gradients(model, x1, y, draw(x1, shift, noise), c.micro_batch, autocast)
+        config.all_reduce_mean([p.grad for p in model.parameters()])
+        norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip or float("inf"))
+        optimizer.step()
+        with torch.no_grad():
+            # the average's memory grows with the run, so that it forgets the random start
+            weight = 1 - min(c.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
+        by_time.add(losses, t)
+        loop.log(losses, norm, loss=by_time)
+        if step + 1 < c.steps:
+            following = batch(step + 1)                            # while the device is still busy
+        if step + 1 in c.keep:
+            save(step + 1, out / f"dit_{step + 1}.pt", ["ema"])
+        if (step + 1) % c.preview_every == 0:
+            preview(out / "preview.png", ema, ae, sample_shift, device, autocast)
+    save(c.steps)
+    preview(out / "preview.png", ema, ae, sample_shift, device, autocast)
+    seconds = time.time() - began
+    print(f"seconds: {seconds:.0f}\nloss: {by_time}\n"
+          f"latents_per_second: {c.batch * (c.steps - start) / seconds:.0f}")
+    return load_dit(path, device)
+
+
+def feed(c, ae, folder, device, autocast):
+    """-> function step -> (x1 (B, C, h, w), y (B,), generator of the noise); number of images."""
+    if c.cache:
+        latents, labels = load_latents(ae, folder, device, autocast)
+    else:
+        images, labels = load_pictures(ae)
 
     def batch(step):
-        """This step's latents and labels, drawn by its own generator -> x1 (B, C, h, w), y (B,)"""
         g = config.generator(c.seed, step)
         index = torch.randint(len(labels), (c.batch,), generator=g)
         flip = (torch.rand(c.batch, generator=g) < 0.5).long()
         dropped = torch.rand(c.batch, generator=g) < c.drop
-        y = torch.where(dropped, model.classes, labels[index])
+        y = torch.where(dropped, len(ae.class_names), labels[index])
         mine = slice(config.rank(), None, config.world())
-        if latents is None:                                        # encoded as we go
-            x = to_float(pictures, index[mine], flip[mine] == 1, device)
+        if c.cache:
+            x1 = torch.from_numpy(latents[flip[mine].numpy(), index[mine].numpy()])
+        else:
+            x = to_float(images, index[mine], flip[mine] == 1, device)
             with autocast():
                 x1 = ae.encode(x)
-        else:
-            x1 = torch.from_numpy(latents[flip[mine].numpy(), index[mine].numpy()])
         noise = config.generator(c.seed + 1_000_000, step * config.world() + config.rank(), device)
         return x1.to(device, non_blocking=True).float(), y[mine].to(device), noise
-
-    began, kept = time.time(), {int(k) for k in c.keep.split(",") if k}
-    bins = torch.zeros(2, 4, device=device)                        # loss and count by quarter of t
-    with Stop() as stop:
-        bar = config.progress(start, c.steps, "dit")
-        following = batch(start)
-        for step in bar:
-            x1, y, noise = following
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate(c, step)
-            optimizer.zero_grad(set_to_none=True)
-            losses, t = gradients(model, x1, y, draw(x1, shift, noise), c.micro_batch, autocast)
-            config.average([p.grad for p in model.parameters()])
-            norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip or float("inf"))
-            optimizer.step()
-            with torch.no_grad():
-                # the average's memory grows with the run: at first it forgets the random start
-                weight = 1 - min(c.ema, (1 + step) / (10 + step))
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
-                quarter = (t * 4).long().clamp(max=3)
-                bins[0].index_add_(0, quarter, losses)
-                bins[1].index_add_(0, quarter, torch.ones_like(losses))
-            if step + 1 < c.steps:
-                following = batch(step + 1)                        # while the device still works
-            last, saving = step + 1 == c.steps, (step + 1) % c.save_every == 0 or stop.asked
-            if (step + 1) % 100 == 0 or saving or last:      # waits for the device only here
-                if not (torch.isfinite(bins).all() and torch.isfinite(norm)):
-                    raise UserError(f"the loss is not finite at step {step}; {path}, if there, is "
-                                    "the last good state; try a smaller --lr")
-                mean = bins[0].sum() / bins[1].sum()
-                shown = " ".join(f"{v:.3f}" for v in (bins[0] / bins[1].clamp(min=1)).tolist())
-                bar.set_postfix_str(f"loss {mean:.4f}, by quarter of t: {shown}")
-                result = mean.item(), shown
-                bins.zero_()
-            if step + 1 in kept:
-                save(out / f"dit_{step + 1}.pt", step + 1)
-            if saving or last:
-                save(path, step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
-                if stop.asked and not last:
-                    config.stopped(path, step + 1)
-            if ((step + 1) % c.preview_every == 0 or last) and config.rank() == 0:
-                preview(c, ema, ae, device, autocast)
-    seconds = time.time() - began
-    print(f"seconds: {seconds:.0f}\nloss: {result[0]:.4f}\nloss_by_quarter_of_t: {result[1]}")
-    print(f"latents_per_second: {c.batch * (c.steps - start) / seconds:.0f}")
-    ema.sample_shift, ema.ae, ema.step = sample_shift, ae.fingerprint, c.steps
-    return ema.requires_grad_(False)
+    return batch, len(labels)
 
 
 def gradients(model, x1, y, pair, micro_batch, autocast):
     """Add the gradient of the mean loss of x1 (B, ...) to the parameters -> losses (B,), t (B,).
 
-    `micro_batch` samples at a time, 0 for all at once: each part counts by its share, so that the
-    sum is the whole batch's gradient."""
+    `micro_batch` samples at a time, 0 for all at once: each part is weighted by its size, so that
+    the sum is the gradient of the whole batch."""
     B, losses = len(x1), []
     for start in range(0, B, micro_batch or B):
         part = slice(start, start + (micro_batch or B))
@@ -386,33 +339,55 @@ def gradients(model, x1, y, pair, micro_batch, autocast):
     return torch.cat(losses), pair[1]
 
 
-def announce(c, device, model, ae, pictures, shift):
-    """Five lines on what is about to run, and the one warning that a first experiment needs."""
-    print(f"stage 2 on {config.describe(device)}; {pictures:,} pictures' latents of "
-          f"{ae.latent_dim} channels ({ae.latent}), {len(ae.classes)} classes")
-    print(f"DiT {c.size}: width {c.dim}, depth {c.depth}, {c.heads} heads, shift {shift:.3g}, "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; {c.steps} steps of "
-          f"{c.batch}; flags: "
-          + (" ".join(f"--{k} {getattr(c, k)}" for k in c.said) or "the preset's"))
+class LossByTime:
+    """The mean loss since it was last shown, over all t and by quarter of t: the total has a high
+    floor and hardly moves, the quarters do.  Only `str` waits for the device."""
+
+    def __init__(self, device):
+        self.bins, self.text = torch.zeros(2, 4, device=device), "-"          # sum and count
+
+    def add(self, losses, t):
+        """losses (B,), times t (B,)"""
+        quarter = (t * 4).long().clamp(max=3)
+        self.bins[0].index_add_(0, quarter, losses)
+        self.bins[1].index_add_(0, quarter, torch.ones_like(losses))
+
+    def __str__(self):
+        if self.bins[1].any():
+            by_quarter = (self.bins[0] / self.bins[1].clamp(min=1)).tolist()
+            self.text = (f"{self.bins[0].sum() / self.bins[1].sum():.4f} by quarter of t "
+                         + " ".join(f"{v:.3f}" for v in by_quarter))
+            self.bins.zero_()
+        return self.text
+
+
+def announce(c, device, model, ae, count, shift):
+    """What is about to run, in three lines, and a warning."""
+    print(f"stage 2 on {config.describe(device)}; latents of {count:,} images, {ae.latent_dim} "
+          f"channels ({ae.config.latent}), {len(ae.class_names)} classes\n"
+          f"DiT {c.size}: width {c.dim}, depth {c.depth}, {c.heads} heads, "
+          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; shift {shift:.3g}\n"
+          f"{c.steps} steps of {c.batch}; {config.flags(c)}")
     if c.dim <= ae.latent_dim:
-        # RAE (arXiv 2510.11690, section 4.1): below that width even one picture is not learned
-        print(f"warning: width {c.dim} is not above the latent's {ae.latent_dim} channels; "
-              "it will learn badly, give a larger --dim")
+        # RAE (arXiv 2510.11690, section 4.1): such a DiT cannot even learn a single image
+        print(f"warning: width {c.dim} is not above the latent's {ae.latent_dim} channels, so it "
+              "will learn poorly; use a larger --dim")
 
 
 @torch.no_grad()
-def preview(c, model, ae, device, autocast):
-    """preview.png: a row a class (ten at most) from noise that is always the same."""
+def preview(path, model, ae, shift, device, autocast):
+    """A grid with one row per class (at most ten), always from the same noise, guidance 2."""
+    if config.rank():
+        return
     columns = 10 if ae.image_size <= 64 else 2
     y = torch.arange(min(10, model.classes), device=device).repeat_interleave(columns)
     noise = torch.randn(100, model.channels, *[ae.image_size // ae.patch] * 2,
                         generator=config.generator(123))
     noise = noise[:len(y)].to(device)
     with autocast():
-        z = euler(guided(model, y, model.classes, c.preview_scale), noise, 10,
-                  resolve_shift(c.sample_shift, ae))
+        z = euler(guided(model, y, model.classes, 2.0), noise, 10, shift)
         images = ae.decode(z)
-    save_grid(Path(c.out) / "preview.png", to_uint8(images), columns)
+    save_grid(path, to_uint8(images), columns)
 
 
 def main(argv=None):

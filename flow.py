@@ -1,11 +1,11 @@
-"""Flow matching, the whole of it.  It knows no network and no picture.
+"""Flow matching, the whole of it.  It knows nothing about networks or images.
 
     t = 0 is noise, t = 1 is data             x_t = (1 - t) x0 + t x1,   x0 ~ N(0, I)
     the velocity to learn is                  v = x1 - x0                (constant along a path)
     the sampler starts at noise and adds      x <- x + (t' - t) v(x, t)
     shift s > 1 spends more time near noise   t -> t / (t + s (1 - t))
 
-The paper writes time the other way round (its t = 0 is data); the authors' code runs as here.
+The paper writes time the other way round (its t = 0 is data); the authors' code does as here.
 A `model` is any function (x (B, ...), t (B,), *cond) -> velocity (B, ...).
 """
 import math
@@ -14,10 +14,10 @@ import torch
 
 
 def shift_time(t, s):
-    """t / (t + s (1 - t)) on [0, 1]: the identity at s = 1, nearer to noise for s > 1.
+    """t / (t + s (1 - t)) on [0, 1]: the identity at s = 1, closer to noise for s > 1.
 
-    The authors' 0.4 (training) and 0.15 (sampling) are s = 2.5 and 6.67; SD3 and RAE call our s
-    alpha and run time backwards.
+    The authors' 0.4 (training) and 0.15 (sampling) are s = 2.5 and 6.67; SD3 and RAE call this s
+    alpha and let time run from data to noise.
     """
     return t / (t + s * (1 - t))
 
@@ -28,8 +28,8 @@ def auto_shift(tokens, channels):
 
 
 def draw(x1, shift=1.0, generator=None):
-    """The random half of a training pair for data x1 (B, ...) -> noise x0 (B, ...), time t (B,):
-    t ~ U(0, 1), then shifted."""
+    """The random half of a training pair, for data x1 (B, ...) -> noise x0 (B, ...), times t (B,),
+    uniform on [0, 1] and then shifted."""
     # ---- EXERCISE 1: times from a logit-normal ----
     t = shift_time(torch.rand(len(x1), generator=generator, device=x1.device), shift)
     return torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype), t
@@ -38,8 +38,8 @@ def draw(x1, shift=1.0, generator=None):
 def flow_loss(model, x1, *cond, shift=1.0, generator=None, pair=None):
     """The flow-matching loss of a batch of data x1 (B, ...) -> per-sample loss (B,), t (B,).
 
-    The time comes back so that the loss can be shown by time: its total has a floor well above
-    zero and hardly moves.  generator: makes noise and time repeatable; pair: those of `draw`.
+    The times are returned so that the loss can be shown by time: the total has a floor well above
+    zero and hardly moves.  generator: makes noise and times repeatable; pair: a result of `draw`.
     """
     x0, t = pair or draw(x1, shift, generator)
     at = t.view(-1, *[1] * (x1.dim() - 1)).to(x1.dtype)
@@ -51,16 +51,16 @@ def flow_loss(model, x1, *cond, shift=1.0, generator=None, pair=None):
 def guided(model, y, null, scale, t_range=(0.0, 1.0)):
     """Classifier-free guidance v_null + scale (v_y - v_null), every channel -> velocity(x, t).
 
-    y (B,) classes; null: the index that means no class; t_range: outside of lo <= t < hi the plain
-    conditional model is used.  At scale 1, and outside the range, a step costs one evaluation;
-    elsewhere two, batched into one call of size 2B.
+    y (B,) classes; null: the index that means no class; t_range: outside lo <= t <= hi the plain
+    conditional model is used.  At scale 1 and outside the range a step costs one evaluation,
+    otherwise two, batched into one call of size 2B.
     """
     nothing = torch.full_like(y, null)
 
     def velocity(x, t):
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         # ---- EXERCISE 3: a scale that is a function of t ----
-        if scale == 1 or not t_range[0] <= float(t[0]) < t_range[1]:
+        if scale == 1 or not t_range[0] <= float(t[0]) <= t_range[1]:
             return model(x, t, y)
         both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nothing]))
         v_y, v_null = both.float().chunk(2)
@@ -68,7 +68,7 @@ def guided(model, y, null, scale, t_range=(0.0, 1.0)):
     return velocity
 
 
-# ---- EXERCISE 10: guided_star; EXERCISE 11: an early model in the place of no class ----
+# ---- EXERCISE 10: guided_star; EXERCISE 11: an early model instead of no class ----
 
 
 def times(steps, shift=1.0):
@@ -79,7 +79,7 @@ def times(steps, shift=1.0):
 
 
 def _state(x):
-    """The sampler's state is float32 or better: in bfloat16 small steps vanish in rounding."""
+    """The sampler's state is float32 or better: in bfloat16, small steps are lost to rounding."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -99,7 +99,7 @@ def euler(velocity, x, steps, shift=1.0, callback=None):
 
 @torch.no_grad()
 def heun(velocity, x, steps, shift=1.0, callback=None):
-    """As `euler`, but each step averages the velocities at its two ends: second order, 2 * steps
+    """Like `euler`, but each step averages the velocities at its two ends: second order, 2 * steps
     model calls."""
     x, at = _state(x), times(steps, shift)
     for i in range(steps):
@@ -114,4 +114,4 @@ def heun(velocity, x, steps, shift=1.0, callback=None):
     return x
 
 
-# ---- EXERCISE 2: midpoint, second order as heun is ----
+# ---- EXERCISE 2: midpoint, second order like heun ----

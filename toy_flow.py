@@ -4,15 +4,15 @@
     python toy_flow.py --preset debug    the same path in a few seconds
 
 The targets are sixteen small Gaussians on a 4 x 4 grid, the source is the noise N(0, I) among
-them, and both stay what they are.  Only the labels change:
+them.  Only the labels of the targets change:
 
     separable   each of four classes owns one quadrant (as in DINO's space: classes lie apart)
     entangled   each class owns one cell in every row, column and quadrant (as in a VAE's)
     mix m       a point has its entangled label with probability m, else its separable one
 
-The flow is conditioned on the class.  Without the class the two problems are one and the same,
-and no difference could show.  Its velocity comes twice: in closed form (exact for a mixture of
-Gaussians) and from a small MLP, both through `flow_loss`, `guided` and `euler` of flow.py.
+The flow is conditioned on the class.  Without it the two problems are identical, and no difference
+could show.  Its velocity comes twice: in closed form (exact for a mixture of Gaussians) and from a
+small MLP, both through `flow_loss`, `guided` and `euler` of flow.py.
 
 Writes out/toy/toy_flow.png, toy_flow.gif and toy_flow.tsv.
 """
@@ -22,19 +22,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
 
-from plumbing.config import atomic, field, generator, one_line_errors, parse, require, setup
 from flow import euler, flow_loss, guided
 from metrics import energy_distance
+from plumbing.config import atomic, field, generator, one_line_errors, parse, require, setup
+from plumbing.draw import GRAY, INK, Canvas, Plane, chart, save_gif
 
 
 @dataclass
 class Config:
     """The flags of `python toy_flow.py`."""
     preset: str = field("default", "a named set of the flags below")
-    out: str = field("out/toy", "folder for the picture, the animation and the table")
+    out: str = field("out/toy", "folder for the figure, the animation and the table")
     steps: int = field(1000, "training steps of each MLP")
     batch: int = field(512, "points per training step")
     samples: int = field(2000, "points integrated to measure, over all four classes")
@@ -62,13 +63,13 @@ PRESETS = dict(
 GRID = torch.tensor([-2.25, -0.75, 0.75, 2.25])       # in standard deviations of the noise
 CENTERS = torch.stack([GRID.repeat(4), GRID.flip(0).repeat_interleave(4)], 1)    # (16, 2)
 SPREAD = 0.15                                         # standard deviation of a cell
-# Cells row by row, the top row first; each holds the label of its class.
+# The class of each cell, row by row from the top.
 # ---- EXERCISE 4: half entangled ----
 SEPARABLE = torch.tensor([0, 0, 1, 1,  0, 0, 1, 1,  2, 2, 3, 3,  2, 2, 3, 3])
-# A small Sudoku: as even as sixteen cells allow.  The mean of every class is the origin, so that
-# one Euler step, which cannot but land on the mean, is of no use at all.
+# A small Sudoku, as even as sixteen cells allow: every class has its mean at the origin.  One Euler
+# step always ends at the class mean, so here it is useless.
 ENTANGLED = torch.tensor([0, 1, 2, 3,  2, 3, 0, 1,  1, 0, 3, 2,  3, 2, 1, 0])
-MIXES = (0.0, 0.3, 0.6, 1.0)                          # the pictures want 0 and 1 among them
+MIXES = (0.0, 0.3, 0.6, 1.0)                          # the figure needs 0 and 1 among them
 STEPS = (1, 2, 3, 5, 10, 20)
 
 CLASSES, NULL = 4, 4                                  # NULL: the index that means "no class"
@@ -78,7 +79,7 @@ MEASURE = 10 ** 9                                     # a "step" for rng that no
 
 def points(n, mix, rng):
     """n targets x1 (n, 2) and labels y (n,).  The same rng gives the same points for every mix:
-    two runs differ by their labels and by nothing else."""
+    two runs differ only in their labels."""
     cell = torch.randint(16, (n,), generator=rng)
     x1 = CENTERS[cell] + SPREAD * torch.randn(n, 2, generator=rng)
     swap = torch.rand(n, generator=rng) < mix
@@ -103,9 +104,9 @@ class Exact:
     def __call__(self, x, t, y):
         """x (B, 2), t (B,), y (B,) -> velocity (B, 2)."""
         t = t[:, None]
-        # In cell k, xt ~ N(t m_k, var I) with var = (1 - t)^2 + t^2 s^2.  Bayes' rule tells how
-        # likely each cell is (|x|^2 is common to all and cancels).  Given the cell, xt and x1 - x0
-        # are jointly Gaussian, and the expectation is linear in x.
+        # In cell k, xt ~ N(t m_k, var I) with var = (1 - t)^2 + t^2 s^2.  Bayes' rule gives the
+        # probability of each cell (|x|^2 is common to all and cancels).  Given the cell, xt and
+        # x1 - x0 are jointly Gaussian, and the expectation is linear in x.
         var = (1 - t) ** 2 + (t * SPREAD) ** 2
         fit = (t * (x @ CENTERS.T) - t ** 2 * CENTERS.square().sum(1) / 2) / var     # (B, 16)
         mean = (self.log_w[y] + fit).softmax(1) @ CENTERS                            # (B, 2)
@@ -127,14 +128,14 @@ class MLP(nn.Module):
 
 
 def train(mix, seed, steps, batch):
-    """-> an MLP trained on one labelling; points, noise, times and first weights hang on seed."""
-    torch.manual_seed(seed)                               # for the first weights alone
+    """-> an MLP trained on one labeling; seed decides points, noise, times and initial weights."""
+    torch.manual_seed(seed)                               # for the initial weights alone
     model = MLP()
     opt = torch.optim.Adam(model.parameters(), fused=True)
     for step in range(steps):
         rng = generator(seed, step)                       # the same for every mix
         x1, y = points(batch, mix, rng)
-        # One label in ten is hidden, so that --scale has an unconditional model to lean on.
+        # One label in ten is hidden: classifier-free guidance needs an unconditional model too.
         y = torch.where(torch.rand(batch, generator=rng) < 0.1, NULL, y)
         # Half a cosine from 0.02 to 0: without the decay the ends of the paths stay ragged.
         opt.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * step / steps))
@@ -145,7 +146,7 @@ def train(mix, seed, steps, batch):
     return model.eval()
 
 
-# ---------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------- measurements
 
 
 def measure(model, mix, seed, samples, scale):
@@ -154,7 +155,7 @@ def measure(model, mix, seed, samples, scale):
     path (FINE + 1, n, 2) is the fine solution.  Lengths are in standard deviations of the noise.
     """
     rng, each = generator(seed, MEASURE), samples // CLASSES
-    # Noise comes first from the rng, so that it does not depend on the labels.
+    # Noise is drawn first, so that it does not depend on the labels.
     y = torch.arange(CLASSES).repeat_interleave(each)
     x0 = torch.randn(len(y), 2, generator=rng)
     cells = cell_weights(mix)[:CLASSES].multinomial(2 * each, True, generator=rng)
@@ -164,12 +165,12 @@ def measure(model, mix, seed, samples, scale):
     fine = euler(velocity, x0, FINE, callback=lambda i, t, x: path.append(x))
     path = torch.stack(path)
 
-    # Consistency is the resultant length: the norm of the mean of the unit vectors of a class, 1
-    # if all travel one way, 0 if they cancel.  Angles would be noise where nothing agrees.
-    way = nn.functional.normalize(fine - x0, dim=1).view(CLASSES, each, 2)
-    # Straightness is the distance covered over the way travelled: 1 for a straight path.
+    # Consistency is the resultant length: the norm of the mean of a class's unit vectors, 1 if all
+    # travel in one direction, 0 if they cancel.  A mean angle would be undefined where they cancel.
+    direction = nn.functional.normalize(fine - x0, dim=1).view(CLASSES, each, 2)
+    # Straightness is displacement / path length: 1 for a straight path.
     straight = (fine - x0).norm(dim=1) / path.diff(dim=0).norm(dim=2).sum(0)
-    found = dict(consistency=way.mean(1).norm(dim=1).mean().item(),
+    found = dict(consistency=direction.mean(1).norm(dim=1).mean().item(),
                  straightness=straight.mean().item())
 
     def apart(x, y):
@@ -182,124 +183,65 @@ def measure(model, mix, seed, samples, scale):
     return found | {f"energy@{FINE}": apart(fine, real), "floor": apart(again, real)}, y, path
 
 
-# ---------------------------------------------------------------- the pictures
+def experiment(c):
+    """Train and measure every labeling with every seed -> two dicts.
 
-INK, GREY, RULE, PAPER = "#222222", "#777777", "#d9d9d4", "#f8f8f5"
+    table: (velocity, mix, quantity) -> (mean, std) over the seeds; shown: mix -> the y and path of
+    `measure`, x1 and labels of `points`, for the figure: the exact flow of the first seed.
+    """
+    table, shown, start = {}, {}, time.time()
+    for mix in MIXES:
+        runs = dict(learned=[], exact=[])
+        for seed in range(c.seed, c.seed + c.seeds):
+            model = train(mix, seed, c.steps, c.batch)
+            for kind, velocity in dict(learned=model, exact=Exact(mix)).items():
+                found, y, path = measure(velocity, mix, seed, c.samples, c.scale)
+                runs[kind].append(found)
+            shown.setdefault(mix, (y, path, *points(1200, mix, generator(seed, MEASURE + 1))))
+        for kind, found in runs.items():
+            for key in found[0]:
+                values = torch.tensor([f[key] for f in found], dtype=torch.float64)
+                std = values.std().item() if len(values) > 1 else math.nan
+                table[kind, mix, key] = values.mean().item(), std
+        print(f"  mix {mix:.1f} done, {time.time() - start:.0f} s", flush=True)
+    return table, shown
+
+
+# ---------------------------------------------------------------- the figure
+
 COLORS = ("#2f6fb7", "#e07b28", "#2c9a62", "#a8438f")             # one for each class
 SIDES = {0.0: ("separable: a class is a region", INK),
          1.0: ("entangled: a class is everywhere", "#d0342c")}
-K = 2                                                             # supersampling
-EXTENT = 3.05                                                     # a panel shows [-3.05, 3.05]^2
-
-
-class Canvas:
-    """A picture drawn K times too large and shrunk at the end, which smooths its edges.
-    Coordinates and widths are pixels of the finished picture; y points down."""
-
-    def __init__(self, width, height, color="white"):
-        self.image = Image.new("RGB", (width * K, height * K), color)
-        self.draw = ImageDraw.Draw(self.image, "RGBA")    # this mode blends translucent colours
-
-    def line(self, xy, color, width):
-        """A line through xy (n, 2)."""
-        flat = (np.asarray(xy) * K).ravel().tolist()
-        self.draw.line(flat, color, round(width * K), joint="curve")
-
-    def dots(self, xy, color, radius):
-        """A disc at each of xy (n, 2)."""
-        r = radius * K
-        for x, y in np.asarray(xy) * K:
-            self.draw.ellipse((x - r, y - r, x + r, y + r), color)
-
-    def text(self, x, y, words, size, color=INK, anchor="la"):
-        """Words at (x, y); the anchor is Pillow's."""
-        self.draw.text((x * K, y * K), words, color, ImageFont.load_default(size * K), anchor)
-
-    def paste(self, other, x, y):
-        """Another canvas at (x, y); what was drawn beyond its edges is gone."""
-        self.image.paste(other.image, (x * K, y * K))
-
-    def done(self):
-        """-> the finished picture."""
-        return self.image.reduce(K)                       # the mean of K x K pixels
-
-
-def square(side, x1, labels, radius):
-    """An empty panel with the targets x1 (n, 2) -> (canvas, function from the plane to pixels)."""
-    canvas = Canvas(side, side, PAPER)
-    canvas.draw.rectangle((0, 0, side * K - 1, side * K - 1), None, RULE, K)
-    pixels = lambda x: (np.asarray(x) / EXTENT * (1, -1) + 1) / 2 * side
-    for c, color in enumerate(COLORS):
-        canvas.dots(pixels(x1[labels == c]), color + "58", radius)
-    return canvas, pixels
+EXTENT = 3.05                                                     # panels show [-3.05, 3.05]^2
 
 
 def flow_panel(side, shown, each=14, now=FINE, tail=FINE, dot=3.4, every=2):
-    """Noise, targets and `each` paths per class, the last `tail` steps up to state `now`."""
+    """Noise, targets and `each` paths per class: their last `tail` steps before state `now`."""
     y, path, x1, labels = shown
-    canvas, pixels = square(side, x1, labels, 2)
-    canvas.dots(pixels(path[0, ::every]), "#00000026", 1.6)
+    plane = Plane(side, EXTENT)
+    plane.scatter(x1, labels, [color + "58" for color in COLORS], 2)
+    plane.dots(path[0, ::every], "#00000026", 1.6)
     # The first few of each class: the same noise in both panels.
-    few = [pixels(path[now - tail:now + 1, (y == c).nonzero()[:each, 0]]) for c in range(CLASSES)]
-    for color, lines in zip(COLORS, few):
-        for line in lines.swapaxes(0, 1):
-            canvas.line(line, color + "c8", 1.7)
-    for color, lines in zip(COLORS, few):                 # the ends later: above every line
-        if tail == FINE:
-            canvas.dots(lines[0], INK, dot - 0.9)
-        canvas.dots(lines[-1], "white", dot + 0.9)
-        canvas.dots(lines[-1], color, dot)
-    return canvas
+    few = torch.cat([(y == c).nonzero()[:each, 0] for c in range(CLASSES)])
+    plane.paths(path[now - tail:now + 1, few], y[few], COLORS, dot, starts=tail == FINE)
+    return plane
 
 
-def field_panel(side, shown, c, lattice=8, least=40):
-    """Arrows: the mean velocity of all of class c that ever passes a place, over the whole time;
-    none where fewer than `least` states were seen."""
+def field_panel(side, shown, c):
+    """The mean velocity of all paths of class c in each place, over the whole time."""
     y, path, x1, labels = shown
-    canvas, pixels = square(side, x1[labels == c], labels[labels == c], 1.6)
-    # Pixels count downwards, hence the sign; a place is a square of the lattice.
-    v = path[:, y == c].diff(dim=0).reshape(-1, 2).numpy() * FINE * (1, -1)
-    cell = np.floor(pixels(path[:-1, y == c].reshape(-1, 2)) / side * lattice)
-    for place in np.ndindex(lattice, lattice):
-        here = (cell == place).all(1)
-        if here.sum() >= least:
-            # The head is a V as long as 0.7 of half the arrow, so that short arrows stay arrows.
-            half = v[here].mean(0) * side / 56              # in pixels, to be legible
-            middle, barb = (np.array(place) + 0.5) / lattice * side, half[::-1] * (-0.4, 0.4)
-            tip, notch = middle + half, middle + 0.3 * half
-            canvas.line([middle - half, tip], COLORS[c], 1.3)
-            canvas.line([notch + barb, tip, notch - barb], COLORS[c], 1.3)
-    return canvas
+    plane, path = Plane(side, EXTENT), path[:, y == c]
+    plane.dots(x1[labels == c], COLORS[c] + "58", 1.6)
+    plane.mean_arrows(path[:-1].flatten(0, 1), path.diff(dim=0).flatten(0, 1) * FINE, COLORS[c],
+                      length=0.22)
+    return plane
 
 
-def plot(w, h, table, key, low, high, floor=0):
-    """One quantity against Euler steps, both axes logarithmic; thin: exact, thick: learned."""
-    canvas = Canvas(w, h)
-    px = lambda n: 62 + (w - 84) * math.log(n) / math.log(STEPS[-1])
-    py = lambda v: (h - 30) * (1 - math.log(max(v, low) / low) / math.log(high / low))
-    canvas.draw.rectangle((40 * K, 0, w * K - 1, (h - 30) * K), PAPER, RULE, K)
-    if floor > low:                                       # two real samples differ by as much
-        canvas.draw.rectangle((41 * K, py(floor) * K, (w - 1) * K, (h - 31) * K), "#e6e6e0")
-        canvas.text(50, py(floor) + 5, "real against real", 15, GREY)
-    for v in (0.01, 0.1, 1):
-        if v > low:
-            canvas.line([(40, py(v)), (w, py(v))], RULE, 1)
-            canvas.text(32, py(v), f"{v:g}", 15, GREY, "rm")
-    for n in STEPS:
-        canvas.text(px(n), h - 24, str(n), 15, GREY, "ma")
-    for mix, (_, color) in SIDES.items():
-        for kind, width in (("exact", 1.3), ("learned", 3)):
-            xy = [(px(n), py(table[kind, mix, f"{key}@{n}"][0])) for n in STEPS]
-            canvas.line(xy, color, width)
-            canvas.dots(xy, color, width + 1)
-    return canvas
-
-
-def picture(shown, table):
-    """The README's first picture; both arguments as `main` fills them."""
+def figure(shown, table):
+    """The README's figure, from the results of `experiment` -> Pillow image."""
     canvas = Canvas(1600, 912)
     canvas.text(40, 22, "Same points, same noise; only the labels differ", 34)
-    canvas.text(1190, 34, "black: noise, faint: targets, lines: the exact flow", 19, GREY, "ra")
+    canvas.text(1190, 34, "black: noise, faint: targets, lines: the exact flow", 19, GRAY, "ra")
     for left, (mix, (name, color)) in zip((40, 630), SIDES.items()):
         number = lambda key: f"{table['exact', mix, key][0]:.2f}"
         canvas.text(left, 80, name, 24, color)
@@ -308,33 +250,37 @@ def picture(shown, table):
         canvas.text(left + 560, 688, f"straightness {number('straightness')}", 25, color, "ra")
         for c in range(CLASSES):
             canvas.paste(field_panel(131, shown[mix], c), left + 143 * c, 734)
-        canvas.text(left, 876, "mean velocity at each place, one class at a time", 19, GREY)
-    # Unbiased, the floor is 0 up to chance: its mean and one deviation, of the worse labelling.
+        canvas.text(left, 876, "mean velocity at each place, one class at a time", 19, GRAY)
+    # Unbiased, the floor is 0 up to chance: its mean plus one deviation, of the worse labeling.
     floor = max(np.nan_to_num(table["exact", mix, "floor"]).sum() for mix in SIDES)
-    for top, title, args in ((116, "distance to the 200-step solution", ("rmse", 0.02, 4)),
-                             (496, "energy distance to real points", ("energy", 8e-4, 4, floor))):
-        canvas.text(1260, top - 12, title, 19, INK, "ls")
-        canvas.paste(plot(350, 356, table, *args), 1220, top)
-    canvas.text(1260, 876, "Euler steps; thin: exact, thick: learned", 19, GREY)
+    for top, title, key, limits, shade in (
+            (80, "distance to the 200-step solution", "rmse", (0.02, 4), None),
+            (476, "energy distance to real points", "energy", (8e-4, 4),
+             (floor, "real against real"))):
+        series = [("", color, kind == "exact", [[table[kind, mix, f"{key}@{n}"][0]] for n in STEPS])
+                  for mix, (_, color) in SIDES.items() for kind in ("exact", "learned")]
+        canvas.paste(chart(title, series, STEPS, "Euler steps", 376, 396, limits=limits,
+                           floor=shade), 1210, top)
+    canvas.text(1256, 876, "thin: exact, thick: learned", 19, GRAY)
     return canvas.done()
 
 
 def animation(shown, frames=40):
-    """The exact flow from noise to targets -> a list of pictures with one palette."""
-    pictures = []
+    """The exact flow from noise to targets -> a list of images with one palette."""
+    images = []
     for now in np.linspace(0, FINE, frames).round().astype(int).tolist():
         canvas = Canvas(800, 446)
         for left, (mix, (name, color)) in zip((10, 410), SIDES.items()):
             canvas.text(left, 12, name, 20, color)
             canvas.paste(flow_panel(380, shown[mix], 50, now, min(now, 14), 2.6, 6), left, 44)
         canvas.line([(10, 436), (10 + 780 * now / FINE, 436)], INK, 3)
-        pictures.append(canvas.done())
-    # One palette for all, and no dithering: what stands still costs no bytes.
-    palette = pictures[frames // 2].quantize(64)
-    return [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
+        images.append(canvas.done())
+    # One palette for all and no dithering: pixels that do not change cost no bytes.
+    palette = images[frames // 2].quantize(64)
+    return [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
 
 
-# ---------------------------------------------------------------- the experiment
+# ---------------------------------------------------------------- main
 
 
 def show(title, table, keys):
@@ -348,45 +294,27 @@ def show(title, table, keys):
 
 def main(argv=None):
     """The command line: train, measure, print, draw."""
-    config, start = parse(Config, PRESETS, argv), time.time()
+    c, start = parse(Config, PRESETS, argv), time.time()
     setup("cpu", threads=1)               # matrices this small gain nothing from more threads
     size = sum(p.numel() for p in MLP().parameters())
-    print(f"toy_flow: {len(MIXES)} labellings x {config.seeds} seeds; MLP of {size:,} parameters, "
-          f"{config.steps} steps of {config.batch}; cpu x 1 thread, float32")
-    table, shown = {}, {}                 # (velocity, mix, quantity) -> (mean, std); mix -> paths
-    for mix in MIXES:
-        runs = dict(learned=[], exact=[])
-        for seed in range(config.seed, config.seed + config.seeds):
-            model = train(mix, seed, config.steps, config.batch)
-            for kind, velocity in dict(learned=model, exact=Exact(mix)).items():
-                found, y, path = measure(velocity, mix, seed, config.samples, config.scale)
-                runs[kind].append(found)
-            # The picture shows the first seed, and the flow measured last: the exact one.
-            shown.setdefault(mix, (y, path, *points(1200, mix, generator(seed, MEASURE + 1))))
-        for kind, found in runs.items():
-            for key in found[0]:
-                values = torch.tensor([f[key] for f in found], dtype=torch.float64)
-                std = values.std().item() if len(values) > 1 else math.nan   # one has no spread
-                table[kind, mix, key] = values.mean().item(), std
-        print(f"  mix {mix:.1f} done, {time.time() - start:.0f} s", flush=True)
-
-    print(f"\nmean +- standard deviation over {config.seeds} seeds, {config.samples} points each")
+    print(f"toy_flow: {len(MIXES)} labelings x {c.seeds} seeds; MLP of {size:,} parameters, "
+          f"{c.steps} steps of {c.batch}; cpu x 1 thread, float32")
+    table, shown = experiment(c)
+    print(f"\nmean +- standard deviation over {c.seeds} seeds, {c.samples} points each")
     show("within a class; both are 1 at best", table, ["consistency", "straightness"])
     show(f"distance to the {FINE}-step solution from the same noise, by Euler steps (root mean "
          "square; noise has 1 per axis)", table, [f"rmse@{n}" for n in STEPS])
     show("energy distance to real points of the class, by Euler steps; floor: real against real",
          table, [f"energy@{n}" for n in (*STEPS, FINE)] + ["floor"])
 
-    out = Path(config.out)
+    out = Path(c.out)
     rows = ["velocity\tmix\tquantity\tmean\tstd\tseeds\n"]
-    rows += ["\t".join(map(str, k)) + f"\t{mean:.6f}\t{std:.6f}\t{config.seeds}\n"
+    rows += ["\t".join(map(str, k)) + f"\t{mean:.6f}\t{std:.6f}\t{c.seeds}\n"
              for k, (mean, std) in table.items()]
     atomic(out / "toy_flow.tsv", lambda file: Path(file).write_text("".join(rows)))
-    atomic(out / "toy_flow.png", picture(shown, table).save)
-    first, *rest = animation(shown)
-    times = [600] + [60] * (len(rest) - 1) + [1800]       # milliseconds
-    atomic(out / "toy_flow.gif", lambda file: first.save(
-        file, save_all=True, append_images=rest, duration=times, loop=0))
+    atomic(out / "toy_flow.png", figure(shown, table).save)
+    frames = animation(shown)
+    save_gif(out / "toy_flow.gif", frames, [600] + [60] * (len(frames) - 2) + [1800])
     print()
     for kind in ("exact", "learned"):
         for mix, (name, _) in SIDES.items():

@@ -1,138 +1,439 @@
-"""How fast each stage is on this machine: image feed, encoder, training steps, sampling.
+"""How fast each stage is on this machine, how far from its goal, and how its cost grows.
 
-    python -m lab.bench    # the shapes preset on whatever device there is, 1 minute
-    python -m lab.bench --repeats 20 --threads 1
+    python -m lab.bench                        # the shapes preset; 1 to 2 minutes on a CPU
+    python -m lab.bench --preset imagenette    # the paper's sizes, random weights: for a GPU
+    python -m lab.bench --growth               # results/growth.tsv and assets/growth.png
 
-Floating-point operations are counted from the model as it runs (multiply and add are two), the
-share is of the matrix-product rate measured here, in the precision that the network runs in.
-Every figure is a median after a warm-up; compare figures of one run, machines are noisy.
+Nothing is downloaded: images are noise, and so are all weights but the tiny encoder's.  The rows
+call what the stages call.  Machines are noisy: compare numbers of one run only.
+
+    TFLOP/s    multiplications and additions of the model as written; recomputation does not count
+    of rate    share of the rate of a large matrix product, measured here in the same precision
+    memory     peak while the row ran: of the process on a CPU, of the allocator on a GPU
+    largest    largest batch that fits, found by doubling (GPU only)
+    float32    img/s without autocast (on a GPU with TF32 products): what to expect of a CPU without
+               bfloat16; ratio: how many times as fast the row is with autocast
 """
-import resource, statistics, time
+import contextlib, functools, importlib, json, math, resource, statistics, subprocess, sys
+import tempfile, time
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import ae
+import ae, dit, sample
+from data import to_float
+from dino import SIZES, DINOv3, load_dino
+from flow import draw, euler, guided
 from plumbing import config
-import dit
 from plumbing.config import field, require
-from data import shapes, to_float
-from dino import load_dino
-from flow import euler, flow_loss, guided
+from plumbing.draw import GRAY, INK, Canvas, chart
+from plumbing.gan import GAN
+from plumbing.lpips import LPIPS
+
+# Letters: B batch, S image side, C latent channels, N tokens, D width.
 
 
 @dataclass
 class Config:
     """The benchmark."""
     preset: str = field("shapes", "which preset of ae.py and dit.py to time")
-    repeats: int = field(8, "timed repetitions, of which the median is shown")
-    threads: int = field(0, "CPU threads; 0: as many as torch likes")
-    device: str = field("auto", "cuda, cpu, ...; auto takes a GPU when there is one")
+    device: str = field("auto", "cuda, cpu, ...; auto takes a GPU if there is one")
+    threads: int = field(0, "CPU threads; 0: as many as torch chooses")
+    repeats: int = field(8, "timed repetitions, fewer if they take over 5 seconds")
+    float32: bool = field(True, "time each row in float32 too")
+    goals: bool = field(False, "print the goals for an H200; always done on a GPU")
+    growth: bool = field(False, "only measure how a DiT step grows with batch, tokens and size")
+    json: bool = field(False, "print one JSON document instead of the tables")
 
     def check(self):
-        """Impossible values end here."""
+        """ValueError for impossible values."""
         require(self.repeats >= 1, "--repeats must be at least 1")
         require(self.threads >= 0, "--threads must not be negative")
 
 
 PRESETS = {name: (dict(repeats=2) if name == "debug" else {}) for name in ae.PRESETS}
 
+# ---------------------------------------------------------------- measuring
+
 
 def seconds(work, repeats, device):
-    """Median seconds of one call of `work`, after two calls that do not count."""
+    """Median seconds of a call of `work` after two warm-up calls; on a GPU by its own clock."""
     times = []
-    for i in range(repeats + 2):
+    while len(times) < 3 or len(times) < repeats + 2 and sum(times[2:]) < 5:
         if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        else:
+            began = time.perf_counter()
+            work()
+            if device.type == "mps":
+                torch.mps.synchronize()
+            times.append(time.perf_counter() - began)
     return statistics.median(times[2:])
 
 
-def matmul_rate(device, autocast, repeats):
-    """FLOP/s of a large matrix product in the precision that autocast chooses."""
+def operations(work):
+    """FLOP of a call of `work`.  Attention counts as its plain products: fused kernels recompute
+    some, and torch does not count the one for CPUs at all."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def matrix_rate(device, autocast, repeats):
+    """FLOP/s of a large matrix product in the precision that autocast chooses, and its dtype."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    a, b = torch.randn(2, n, n, device=device)
     with autocast():
         dtype = (a[:8, :8] @ b[:8, :8]).dtype
     a, b = a.to(dtype), b.to(dtype)
     return 2 * n ** 3 / seconds(lambda: a @ b, repeats, device), dtype
 
 
-def operations(work):
-    """Floating-point operations of one call of `work`."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
+def peak_memory(device, restart=False):
+    """Bytes since the last `restart` (on a CPU, only Linux can restart the count)."""
+    if device.type == "cuda":
+        if restart:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if restart:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def stages(c, device, autocast):
-    """-> (name, pictures a call, the call) of each stage, on fresh random weights but the tiny
-    encoder's own."""
-    a, d = ae.Config(**ae.PRESETS[c.preset]), dit.Config(**dit.PRESETS[c.preset])
-    d.check()
-    images = shapes(1000, a.size, 0)[0].numpy()
-    encoder = load_dino(a.encoder, device)
-    auto = ae.AutoEncoder(a, encoder).to(device).train()
-    trained = [p for p in auto.parameters() if p.requires_grad]
-    auto_optimizer = torch.optim.AdamW(trained, fused=True)
-    model = dit.DiT(auto.latent_dim, 10, d.dim, d.depth, d.heads).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    x = to_float(images, slice(0, a.batch), None, device)
-    side = a.size // encoder.patch
-    z = torch.randn(d.batch, auto.latent_dim, side, side, device=device)
-    y = torch.randint(10, (d.batch,), device=device)
+def largest_batch(step, batch, most=1 << 16):
+    """The largest of `batch` times or over 1, 2, 4, ... at which step(batch) fits into the GPU."""
+    def fits(batch):
+        torch.cuda.empty_cache()
+        try:
+            step(batch)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+    while batch > 1 and not fits(batch):
+        batch //= 2
+    while batch < most and fits(2 * batch):
+        batch *= 2
+    return batch
 
-    def encode():
-        with torch.no_grad(), autocast():
-            encoder(encoder.normalize(x))
+# ---------------------------------------------------------------- the stages
+#
+# Each builder gives step(batch, autocast), which the rows time.
 
-    def ae_step():
+
+class Models:
+    """What the rows share: configs `a` and `d`, the autoencoder, inputs of any batch size."""
+
+    def __init__(self, c, device, autocast):
+        self.c, self.device, self.autocast = c, device, autocast
+        self.a, self.d = ae.Config(**ae.PRESETS[c.preset]), dit.Config(**dit.PRESETS[c.preset])
+        self.d.check()
+        torch.manual_seed(0)
+        name = self.a.encoder
+        encoder = load_dino("tiny") if name == "tiny" else DINOv3(SIZES[name])
+        self.ae = ae.AutoEncoder(self.a, encoder).to(device).train()
+        self.side = self.a.size // self.ae.patch
+        self.uint8 = np.random.default_rng(0).integers(
+            0, 256, (256, 3, self.a.size, self.a.size), np.uint8)
+        # the latest inputs are kept, so that drawing them is not part of a row's time
+        self.images = functools.lru_cache(1)(self.feed)
+        self.latents = functools.lru_cache(1)(self.draw_latents)
+
+    def feed(self, batch):
+        """Rows of a uint8 array -> images (B, 3, S, S) on the device, every other one mirrored."""
+        row = torch.arange(batch)
+        return to_float(self.uint8, row % len(self.uint8), row % 2 == 0, self.device)
+
+    def draw_latents(self, batch, side):
+        """-> latents (B, C, side, side), labels (B,)"""
+        return (torch.randn(batch, self.ae.latent_dim, side, side, device=self.device),
+                torch.arange(batch, device=self.device) % 10)
+
+    def dit(self, shape):
+        """A DiT of (width, depth, heads)."""
+        return dit.DiT(self.ae.latent_dim, 10, *shape).to(self.device)
+
+
+def ae_step(m):
+    """A training step of stage 1 with its preset's losses, as in ae.train."""
+    a, model, g = m.a, m.ae, config.generator(0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, a.lr, (a.beta1, a.beta2), weight_decay=0.0, fused=True)
+    gan = GAN(a, m.device, m.autocast) if a.gan else None
+    lpips = LPIPS().to(m.device) if a.perceptual_net == "lpips" else None
+
+    def step(batch, autocast):
+        x = m.images(batch)
         with autocast():
-            r, _ = auto(x)
-            loss = (r - x).abs().mean() + a.perceptual * ae.perceptual_loss(encoder, r, x)
-        auto_optimizer.zero_grad()
+            y, _ = model(x, g)
+            perceptual = lpips(y, x).mean() if lpips else ae.perceptual_loss(model.dino, y, x)
+        loss = reconstruction = (y - x).abs().mean() + a.perceptual * perceptual
+        if gan:
+            gan.autocast = autocast
+            loss = loss + gan.generator_loss(y, reconstruction, model.decoder.conv_out.weight)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        auto_optimizer.step()
-
-    def dit_step():
-        with autocast():
-            loss = flow_loss(model, z, y)[0].mean()
-        optimizer.zero_grad()
-        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, a.clip or math.inf)
         optimizer.step()
+        if gan:
+            gan.step(x, y)
+    return step
 
-    def draw():
-        with torch.no_grad(), autocast():
-            auto.decode(euler(guided(model, y, 10, 2.0), z, 10))
-    return [("shapes drawn", 1000, lambda: shapes(1000, a.size, 1)),
-            ("image feed", a.batch, lambda: to_float(images, slice(0, a.batch), None, device)),
-            ("encoder", a.batch, encode), ("AE training step", a.batch, ae_step),
-            ("DiT training step", d.batch, dit_step),
-            ("sampling, 10 steps, guided", d.batch, draw)]
+
+def dit_step(m, shape, side):
+    """A training step of stage 2 for a DiT of (width, depth, heads), as in dit.train."""
+    model, ema = m.dit(shape), m.dit(shape).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), m.d.lr, weight_decay=0.0, fused=True)
+
+    def step(batch, autocast):
+        z, y = m.latents(batch, side)
+        optimizer.zero_grad(set_to_none=True)
+        dit.gradients(model, z, y, draw(z, 2.5), m.d.micro_batch, autocast)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), m.d.clip or math.inf)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 0.001)
+    return step
+
+
+def without_gradients(m, call):
+    """A step that runs call(images, latents, labels)."""
+    @torch.no_grad()
+    def step(batch, autocast):
+        inputs = m.images(batch), *m.latents(batch, m.side)
+        with autocast():
+            call(*inputs)
+    return step
+
+
+def sampling(m, shape, steps):
+    """Noise -> latents, with guidance."""
+    model = m.dit(shape).eval()
+    return without_gradients(m, lambda x, z, y: euler(guided(model, y, 10, 2.0), z, steps, 4.0))
+
+
+def stages(m):
+    """-> (name, batch, builder, FLOP per image if known without a run)"""
+    a, d, dino, steps = m.a, m.d, m.ae.dino, sample.Config(**sample.PRESETS[m.c.preset]).steps
+    shapes = {**dit.SIZES, d.size: (d.dim, d.depth, d.heads)}
+    flops = {k: dit_flops(*s[:2], m.side ** 2, m.ae.latent_dim) for k, s in shapes.items()}
+    yield "feed", a.batch, lambda: lambda batch, autocast: m.feed(batch), 0
+    yield (f"features, {a.encoder}", a.batch,
+           lambda: without_gradients(m, lambda x, z, y: dino(dino.normalize(x))), 0)
+    yield "AE step", a.batch, lambda: ae_step(m), 0
+    for k in shapes if m.c.preset != "debug" else [d.size]:
+        yield f"DiT step, {k}", d.batch, lambda: dit_step(m, shapes[k], m.side), flops[k]
+    for k in dict.fromkeys([d.size, "XL" if m.c.preset == "imagenette" else d.size]):
+        yield (f"{steps} guided steps, {k}", d.batch, lambda: sampling(m, shapes[k], steps),
+               flops[k] / 3 * 2 * steps)               # forward only, with the class and without
+    yield "decoding", a.batch, lambda: without_gradients(m, lambda x, z, y: m.ae.decode(z)), 0
+
+
+def dit_flops(dim, depth, tokens, channels):
+    """FLOP of a DiT's training step, per image, by hand.
+
+    6 * parameters * tokens: each parameter costs 2 forward and 4 backward.  A block applies 12 D^2
+    of them to every token (4 attention, 8 MLP) and 6 D^2 once per image (adaLN).  Attention itself
+    is two products of 2 N^2 D, and twice that backward: 12 N^2 D.
+    """
+    every_token, every_image = 12 * dim ** 2 * depth + 2 * channels * dim, 6 * dim ** 2 * depth
+    return 6 * (every_token * tokens + every_image) + 12 * tokens ** 2 * dim * depth
+
+# ---------------------------------------------------------------- the table
+
+COLUMNS = dict(batch=("batch", "{:,}"), images_per_second=("img/s", "{:,.0f}"),
+               tflops=("TFLOP/s", "{:.3f}"), share=("of rate", "{:.1%}"),
+               memory_gb=("memory", "{:.2f} GB"), largest_batch=("largest", "{:,}"),
+               float32_images_per_second=("float32", "{:,.0f}"), ratio=("ratio", "{:.2f}"))
+
+
+def measure(m, name, batch, build, flops, rate, dtype):
+    """-> one row, a dict; with the reason as `not_run` where it does not fit, or where on a CPU a
+    call would take over 10 seconds."""
+    row, gpu = dict(stage=name, batch=batch), m.device.type == "cuda"
+    estimate = lambda: 0 if gpu else 3 * batch * flops / rate       # at a third of the matrix rate
+    try:
+        if estimate() <= 10:
+            step = build()
+            flops = operations(lambda: step(1, m.autocast))
+        if estimate() > 10:
+            return dict(row, not_run=f"about {estimate():,.0f} s a call on this device")
+        if gpu:
+            row["largest_batch"] = largest_batch(lambda batch: step(batch, m.autocast), batch)
+            batch = row["batch"] = min(batch, row["largest_batch"])
+            step(batch, m.autocast)                       # frees the inputs of the largest batch
+        peak_memory(m.device, restart=True)
+        took = seconds(lambda: step(batch, m.autocast), m.c.repeats, m.device)
+        row.update(images_per_second=batch / took, memory_gb=peak_memory(m.device) / 1e9)
+        if flops:
+            row.update(tflops=batch * flops / took / 1e12, share=batch * flops / took / rate)
+            if m.c.float32 and dtype != torch.float32:
+                slow = seconds(lambda: step(batch, contextlib.nullcontext), m.c.repeats, m.device)
+                row.update(float32_images_per_second=batch / slow, ratio=slow / took)
+    except torch.OutOfMemoryError:
+        return dict(row, not_run="out of memory")
+    return row
+
+
+def text(row):
+    """A row of the table; "-" where nothing was measured."""
+    if "not_run" in row:
+        return f"{row['stage']:24s}{row['batch']:>10,}   not run: {row['not_run']}"
+    cells = [form.format(row[key]) if key in row else "-" for key, (_, form) in COLUMNS.items()]
+    return f"{row['stage']:24s}" + "".join(f"{cell:>10s}" for cell in cells)
+
+# ---------------------------------------------------------------- the goals, on one H200
+
+GOALS = [                             # goal, row of --preset imagenette, what to say of it
+    ("DiT-XL step, 256 tokens, batch 256: 55% of the matrix rate, about 610 img/s", "DiT step, XL",
+     "{share:.0%}, {images_per_second:,.0f} img/s at batch {batch}"),
+    ("AE step at 256 px: 3 times as fast as in float32/TF32", "AE step", "{ratio:.1f} times"),
+    ("25 guided steps of DiT-XL: 4 times as fast as in float32/TF32", "25 guided steps, XL",
+     "{ratio:.1f} times")]
+
+
+def goals(m, rows):
+    """-> pairs of text: the goal, and what was measured here."""
+    rows, none = {row["stage"]: row for row in rows}, "not run: no GPU"
+    gpu, pairs = m.device.type == "cuda", []
+    for goal, name, form in GOALS:
+        row = rows.get(name, {}) if m.c.preset == "imagenette" else {}
+        pairs.append((goal, none if not gpu else form.format(**row) if "ratio" in row else
+                      "not run: see --preset imagenette --float32"))
+    xl = rows.get("DiT step, XL", {}) if m.c.preset == "imagenette" and gpu else {}
+    return pairs + [
+        ("DINOv3 features: no slower than transformers, compiled",
+         transformers_ratio(m) if gpu else none),
+        ("the default chain: 90 s", default_chain() if gpu else none),
+        ("80 epochs of ImageNet with DiT-XL, on paper",
+         on_paper(xl["images_per_second"]) if "ratio" in xl else none)]
+
+
+def on_paper(images_per_second, epochs=80):
+    """Hours = epochs * 1,281,167 images / (img/s) / 3600.  Eight GPUs take an eighth if the
+    all-reduce hides behind the backward pass.  512 px, 1,024 tokens, costs more by `dit_flops`."""
+    hours = epochs * 1_281_167 / images_per_second / 3600
+    more = dit_flops(1152, 28, 1024, 392) / dit_flops(1152, 28, 256, 392)
+    return (f"{hours:,.0f} h on one GPU, {hours / 8:,.0f} h on eight; "
+            f"at 512 px {hours * more:,.0f} h and {hours * more / 8:,.0f} h")
+
+
+def transformers_ratio(m, batch=256, size=256):
+    """How many times as fast as transformers' compiled one our vits16plus is."""
+    try:
+        theirs = importlib.import_module("transformers")             # not a dependency
+    except ImportError:
+        return "not run: transformers is not installed"
+    s = SIZES["vits16plus"]
+    model = theirs.DINOv3ViTModel(theirs.DINOv3ViTConfig(
+        hidden_size=s.dim, intermediate_size=s.hidden, num_hidden_layers=s.depth,
+        num_attention_heads=s.heads, num_register_tokens=s.registers, use_gated_mlp=s.swiglu))
+    pixels, took = torch.randn(batch, 3, size, size, device=m.device), []
+    for network in (DINOv3(s).freeze(), model.eval()):
+        network = network.to(m.device) if not took else torch.compile(network.to(m.device))
+        with torch.no_grad(), m.autocast():
+            took.append(seconds(lambda: network(pixels), m.c.repeats, m.device))
+    return f"{took[1] / took[0]:.2f} times as fast, {batch / took[0]:,.0f} img/s"
+
+
+def default_chain():
+    """How long the three default commands take, data and all."""
+    began, root = time.time(), Path(__file__).parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        for script in ("ae.py", "dit.py", "sample.py"):
+            if subprocess.run([sys.executable, root / script], cwd=folder).returncode:
+                return f"not run: {script} failed"
+    return f"{time.time() - began:.0f} s"
+
+# ---------------------------------------------------------------- growth
+
+
+def exponent(xs, ys):
+    """p of the least-squares fit log y = p log x + constant."""
+    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
+
+
+def growth(m):
+    """-> (axis, values, milliseconds of a DiT step at each)"""
+    dim, depth, heads = m.d.dim, m.d.depth, m.d.heads
+
+    def step(shape=(dim, depth, heads), side=m.side, batch=16, steps=1):
+        one = dit_step(m, shape, side)
+        return 1000 * seconds(lambda: [one(batch, m.autocast) for _ in range(steps)],
+                              m.c.repeats, m.device)
+    by_tokens = (16, 64, 256, 1024), lambda v: step(side=math.isqrt(v), batch=8)
+    axes = dict(steps=((1, 2, 4, 8), lambda v: step(steps=v)),
+                batch=((8, 16, 32, 64, 128), lambda v: step(batch=v)), tokens=by_tokens,
+                width=([dim * k // 2 for k in (1, 2, 4, 8)], lambda v: step((v, depth, heads))),
+                depth=([depth * k for k in (1, 2, 4, 8)], lambda v: step((dim, v, heads))))
+    for axis, (values, at) in axes.items():
+        yield axis, values, [at(v) for v in values]
+    attention, dit.attention = dit.attention, lambda q, k, v: v
+    try:
+        yield "tokens without attention", by_tokens[0], [by_tokens[1](v) for v in by_tokens[0]]
+    finally:
+        dit.attention = attention
+
+
+def save_growth(m, curves):
+    """Write results/growth.tsv and assets/growth.png -> the rows, a list of dicts."""
+    rows = [dict(preset=m.c.preset, device=config.describe(m.device), axis=axis, value=v,
+                 milliseconds=float(f"{t:.4g}"), exponent=round(exponent(values, times), 3))
+            for axis, values, times in curves for v, t in zip(values, times)]
+    lines = "".join("\t".join(map(str, line)) + "\n" for line in [rows[0], *map(dict.values, rows)])
+    config.atomic("results/growth.tsv", lambda path: Path(path).write_text(lines))
+    *curves, (_, _, without) = curves
+    sheet = Canvas(530 * 3, 360 * 2)
+    for i, (axis, values, times) in enumerate(curves):
+        title, series = f"{axis}: exponent {exponent(values, times):.2f}", [("", INK, False, times)]
+        if axis == "tokens":
+            title += f"; {exponent(values, without):.2f} without attention (gray)"
+            series.append(("", GRAY, True, without))
+        panel = chart(title, [(*s, [[t] for t in times]) for *s, times in series], values,
+                      f"{axis}; ms")
+        sheet.paste(panel, 530 * (i % 3), 360 * (i // 3))
+    config.atomic("assets/growth.png", sheet.done().save)
+    return rows
+
+# ---------------------------------------------------------------- the command
 
 
 def main(argv=None):
     """The command line."""
     c = config.parse(Config, PRESETS, argv)
     device, autocast = config.setup(c.device, c.threads)
-    peak, dtype = matmul_rate(device, autocast, c.repeats)
-    print(f"{config.describe(device)}; torch {torch.__version__}; matrix products "
-          f"{peak / 1e12:.2f} TFLOP/s in {str(dtype)[6:]}; median of {c.repeats}")
-    print(f"{'stage':28s} {'img/s':>9s} {'TFLOP/s':>8s} {'of peak':>8s} {'memory':>9s}")
-    for name, pictures, work in stages(c, device, autocast):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        took, flops = seconds(work, c.repeats, device), operations(work)
-        memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        share = f"{flops / took / peak:8.1%}" if flops else f"{'-':>8s}"
-        rate = f"{flops / took / 1e12:8.3f}" if flops else f"{'-':>8s}"
-        print(f"{name:28s} {pictures / took:9,.0f} {rate} {share} {memory / 1e9:6.2f} GB")
+    say = (lambda *words: None) if c.json else functools.partial(print, flush=True)
+    m, where = Models(c, device, autocast), config.describe(device)
+    if c.growth:
+        found = save_growth(m, list(growth(m)))
+        say("exponents: " + ", ".join(f"{k} {p:.2f}" for k, p in
+                                      {row["axis"]: row["exponent"] for row in found}.items()))
+        say("wrote results/growth.tsv and assets/growth.png")
+    else:
+        rate, dtype = matrix_rate(device, autocast, c.repeats)
+        say(f"preset {c.preset} on {where}; torch {torch.__version__}; matrix products "
+            f"{rate / 1e12:.3f} TFLOP/s in {str(dtype)[6:]}; medians of at most {c.repeats}")
+        say(f"{'stage':24s}" + "".join(f"{title:>10s}" for title, _ in COLUMNS.values()))
+        found = dict(preset=c.preset, device=where, torch=torch.__version__,
+                     matrix_tflops=rate / 1e12, rows=[])
+        for stage in stages(m):
+            found["rows"].append(measure(m, *stage, rate, dtype))
+            say(text(found["rows"][-1]))
+        if c.goals or device.type == "cuda":
+            found["goals"] = dict(goals(m, found["rows"]))
+            say("\ngoals on one H200" + "".join(f"\n{k}: {v}" for k, v in found["goals"].items()))
+    if c.json:
+        print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The plumbing that every stage shares: flags, device, randomness, whole files.
+"""What every stage shares: flags, device, randomness, files, the frame of a training loop.
 
-Nothing here knows about images, latents or models. Each training stage is one dataclass whose
-fields are its flags; `field(default, "help")` gives a field its sentence for `--help`.
+Nothing here knows about images, latents or models.  A stage declares its flags as the fields of one
+dataclass; `field(default, "help")` gives a flag its sentence in `--help`.
 """
 import argparse, contextlib, dataclasses, hashlib, math, os, signal, sys
 from pathlib import Path
@@ -11,50 +11,55 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-VERSION = 1                                           # of the checkpoint layout
+VERSION = 2                                           # of the checkpoint layout
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend: printed as one line, without a traceback."""
+    """Something the user can fix: printed as one line, without a traceback."""
 
 
 # ---------------------------------------------------------------- flags from a dataclass
 
 
 def field(default, help, choices=None):
-    """A dataclass field that carries its own sentence for `--help` and, if any, its choices."""
+    """A dataclass field with its sentence for `--help` and, optionally, the values it may take."""
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
 
 
 def parse(cls, presets, argv=None):
     """Command line -> an instance of the dataclass `cls`; flag > preset > default.
 
-    presets maps a name to a dict of fields. If `cls` has a field `preset`, `--preset NAME` picks
-    one (the field's default otherwise); a field `out` left empty becomes `out/<preset>`.
-    A typo, an abbreviation, a wrong type or an impossible choice exits with status 2.
+    presets maps a name to a dict of fields.  If `cls` has a field `preset`, `--preset NAME` picks
+    one (the field's default otherwise); a field `out` left empty becomes `out/<preset>`.  A field
+    whose default is a tuple takes whole numbers with commas between.  The result's `explicit` lists
+    the flags that were given.  A typo, an abbreviation, a wrong type or value exits with status 2.
     """
     main = sys.modules["__main__"]
-    description = (getattr(main, "__doc__", None) or cls.__doc__ or "").strip()
     parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=(getattr(main, "__doc__", None) or cls.__doc__ or "").strip(),
+        usage="%(prog)s [--flag value ...]", allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=22, width=110))
     for f in dataclasses.fields(cls):
-        options = dict(help=f"{f.metadata.get('help', '')} (default: {f.default!r})",
-                       default=argparse.SUPPRESS)          # absent = the user did not say
-        kind = f.type if isinstance(f.type, type) else type(f.default)
+        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        options = dict(help=f"{f.metadata['help']} (default: {default!r})".replace("%", "%%"),
+                       default=argparse.SUPPRESS)          # absent: the flag was not given
+        kind = type(f.default)
+        choices = f.metadata["choices"] or (sorted(presets) if f.name == "preset" else None)
         if kind is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
-            continue
-        choices = f.metadata.get("choices") or (sorted(presets) if f.name == "preset" else None)
-        parser.add_argument(f"--{f.name}", type=_finite(kind), choices=choices,
-                            metavar=None if choices else kind.__name__.upper(),
-                            **options)
-    said = vars(parser.parse_args(argv))
+            options.update(action=argparse.BooleanOptionalAction)
+        elif choices:
+            options.update(choices=choices)
+        else:
+            name, convert = {float: ("FLOAT", finite), tuple: ("N,N,...", whole_numbers)}.get(
+                kind, (kind.__name__.upper(), kind))
+            options.update(type=convert, metavar=name)
+        parser.add_argument(f"--{f.name}", **options)
+    given = vars(parser.parse_args(argv))
     names = {f.name: f.default for f in dataclasses.fields(cls)}
-    preset = said.get("preset", names.get("preset"))
-    values = {**(presets.get(preset) or {}), **said}
-    config = cls(**values)
-    config.said = sorted(k for k in said if k != "preset")   # the flags that differ from the preset
+    preset = given.get("preset", names.get("preset"))
+    config = cls(**{**(presets.get(preset) or {}), **given})
+    config.explicit = sorted(k for k in given if k != "preset")
     if "out" in names and not config.out:
         config.out = f"out/{preset}"
     try:
@@ -65,15 +70,21 @@ def parse(cls, presets, argv=None):
     return config
 
 
-def _finite(kind):
-    """The type itself, but a float must be a number: `--lr nan` is a typo, not a learning rate."""
-    def convert(text):
-        value = kind(text)
-        if kind is float and not math.isfinite(value):
-            raise ValueError
-        return value
-    convert.__name__ = kind.__name__
-    return convert
+def finite(text):
+    """An argparse type: `--lr nan` is a typo, not a learning rate."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def whole_numbers(text):
+    """An argparse type: '5,10' -> (5, 10), '' -> ()."""
+    parts = [part.strip() for part in text.split(",") if text]
+    if not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between, "
+                                         "such as 5,10")
+    return tuple(map(int, parts))
 
 
 def require(condition, message):
@@ -82,12 +93,24 @@ def require(condition, message):
         raise ValueError(message)
 
 
-def check_shared(config):
+def check_training(config):
     """The checks on the flags that every training stage shares."""
     for name in ("steps", "batch", "save_every"):
         require(getattr(config, name) >= 1, f"--{name} must be at least 1")
     require(config.lr > 0, "--lr must be positive")
     require(config.seed >= 0, "--seed must not be negative")
+
+
+def plain(config):
+    """A config's fields as plain values, for a checkpoint."""
+    return {k: v for k, v in vars(config).items() if k != "explicit"}
+
+
+def flags(config):
+    """'flags: --steps 100', what a run's announcement says of its command line."""
+    show = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value
+    given = " ".join(f"--{k} {show(getattr(config, k))}" for k in config.explicit)
+    return f"flags: {given or 'none besides the preset'}"
 
 
 @contextlib.contextmanager
@@ -98,13 +121,13 @@ def one_line_errors():
     except UserError as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("error: the device is out of memory; give a smaller --batch")
+        sys.exit("error: the device is out of memory; try a smaller --batch")
     except BrokenPipeError:                               # `... | head`
         sys.exit(1)
     except OSError as error:
         sys.exit(f"error: {error.filename or 'file system'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
+        sys.exit("interrupted; the same command resumes from the last checkpoint")
 
 
 # ---------------------------------------------------------------- device, precision, randomness
@@ -114,8 +137,8 @@ def setup(name="auto", threads=0):
     """-> (device, context factory for the network's forward pass), best available unless named.
 
     The network runs in bfloat16 where the device multiplies it fast; the parameters, the loss and
-    everything that accumulates stay float32. Denormal floats are flushed: on a CPU they cost a
-    hundredfold and carry nothing.
+    everything that accumulates stay float32.  Denormal floats are flushed to zero: they make a CPU
+    a hundred times slower and carry no information.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,10 +149,10 @@ def setup(name="auto", threads=0):
             torch.cuda.set_device(name)
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()               # `meta` exists, and holds nothing
+        torch.empty(1, device=device).item()               # `meta` exists but holds no values
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: this machine has no such device; "
-                        "try --device cpu, or leave the flag away") from None
+                        "try --device cpu, or omit the flag") from None
     torch.set_flush_denormal(True)
     if threads:
         torch.set_num_threads(threads)
@@ -150,7 +173,7 @@ def cpu_has_bf16():
 
 
 def describe(device):
-    """'cpu x 2, bfloat16' and the like, for a run's first line."""
+    """'cpu x 2 threads, bfloat16' and the like, for a run's first line."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     precision = "bfloat16" if cpu_has_bf16() else "float32"
@@ -158,7 +181,7 @@ def describe(device):
 
 
 def generator(seed, step=0, device="cpu"):
-    """A generator that is a function of (seed, step) alone: what makes resuming exact."""
+    """A generator that is a function of (seed, step) alone: this makes resuming exact."""
     mixed = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))
 
@@ -167,19 +190,19 @@ def generator(seed, step=0, device="cpu"):
 
 
 def atomic(path, write):
-    """Call write(temporary path), then rename to `path`: it appears whole or not at all."""
+    """Call write(temporary path), then rename to `path`: the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # always the same name, so that what a killed run leaves is overwritten by the next
+    # always the same temporary name: the next run overwrites what a killed one left behind
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         write(str(temporary))
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:    # a full disk can be either
+    except (OSError, RuntimeError) as error:    # a full disk can raise either
         raise UserError(f"{path}: could not be written ({error}); "
-                        "the file that was there is untouched") from None
+                        "the previous file is untouched") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -190,25 +213,24 @@ def save(path, obj):
 
 
 def load(path):
-    """Read a checkpoint onto the CPU, never running code from it. UserError says what is wrong."""
+    """Read a checkpoint onto the CPU, never running code from it.  UserError says what is wrong."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     with open(path, "rb") as file:
-        head = file.read(512)
-    what = wrong_kind(head)
-    if what:
-        raise UserError(f"{path}: {what}")
+        problem = wrong_kind(file.read(512))
+    if problem:
+        raise UserError(f"{path}: {problem}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                        # zip and pickle errors of all kinds
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}): truncated, "
-                        "corrupt, or no checkpoint at all; delete it and make or fetch it again") \
+                        "corrupt, or not a checkpoint; delete it and make or download it again") \
             from None
 
 
 def wrong_kind(head):
-    """What the first bytes of a would-be weights file betray, or None."""
+    """What the first bytes say is wrong with a weights file, or None."""
     if not head:
         return "the file is empty"
     if head.startswith(b"version https://git-lfs"):
@@ -218,18 +240,18 @@ def wrong_kind(head):
     return None
 
 
-def load_kind(path, kind, maker):
-    """`load` a checkpoint of this project and insist on its kind and version."""
+def load_kind(path, kind, command):
+    """`load` a checkpoint of this project; UserError if its kind or version is another."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; `{maker}` makes it")
+        raise UserError(f"{path}: no such file; `{command}` makes it")
     checkpoint = load(path)
     found = checkpoint.get("kind") if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if found != kind:
         raise UserError(f"{path}: holds {found or 'something else'}, not {kind}; "
-                        f"`{maker}` makes one")
+                        f"`{command}` makes one")
     if checkpoint.get("version") != VERSION:
         raise UserError(f"{path}: written by version {checkpoint.get('version')} of this code, "
-                        f"this is version {VERSION}; `{maker} --overwrite` makes it anew")
+                        f"this is version {VERSION}; `{command} --overwrite` makes a new one")
     return checkpoint
 
 
@@ -244,47 +266,44 @@ def fingerprint(state):
 
 # ---------------------------------------------------------------- a run that can be killed
 
-# what may differ on resuming
-FREE = {"steps", "save_every", "keep", "device", "overwrite", "out", "preset"}
+# the flags that may differ when a run is resumed
+MAY_CHANGE = {"steps", "save_every", "preview_every", "keep", "device", "overwrite", "out", "ae",
+              "preset"}
 
 
-def resume(path, kind, config, maker):
-    """The checkpoint that an earlier run left at `path`, or None to start afresh.
+def resume(path, kind, config, command):
+    """The checkpoint that an earlier run left at `path`, or None to start from scratch.
 
     Refuses one that was made with other flags: two experiments must not mix in one folder.
     """
     if not Path(path).is_file() or config.overwrite:
         return None
-    checkpoint = load_kind(path, kind, maker)
+    checkpoint = load_kind(path, kind, command)
     mine, theirs = vars(config), checkpoint["config"]
     other = [f"--{k} {theirs[k]} (now {mine[k]})" for k in theirs
-             if k in mine and k not in FREE and theirs[k] != mine[k]]
+             if k in mine and k not in MAY_CHANGE and theirs[k] != mine[k]]
     if other:
         raise UserError(f"{path} was made with {', '.join(other)}; "
-                        "give another --out, or --overwrite to start afresh")
+                        "use another --out, or --overwrite to start from scratch")
     if checkpoint["step"] >= config.steps:
         print(f"{path}: finished at step {checkpoint['step']}; "
-              "--steps N asks for more, --overwrite starts afresh")
+              "--steps N trains longer, --overwrite starts from scratch")
     elif checkpoint["step"]:
-        print(f"{path}: going on from step {checkpoint['step']}")
+        print(f"{path}: resuming from step {checkpoint['step']}")
     return checkpoint
 
 
-def plain(config):
-    """A config's fields as plain values, for a checkpoint."""
-    return {k: v for k, v in vars(config).items() if k != "said"}
-
-
 class Stop:
-    """`with Stop() as stop:` turns Ctrl-C and SIGTERM into `stop.asked`, to be looked at between
-    two steps, where the state is whole; a second Ctrl-C ends at once."""
+    """`with Stop() as stop:` turns Ctrl-C and SIGTERM into `stop.asked`, to be read between two
+    steps, when the state is consistent; a second Ctrl-C ends the run at once."""
 
     def __enter__(self):
         self.asked = False
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def _note(self, number, frame):
+    def note(self, number, frame):
+        """The signal handler."""
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
@@ -294,20 +313,54 @@ class Stop:
             signal.signal(number, handler)
 
 
-def stopped(path, step):
-    """The end of a run that was asked to stop, once its state is saved."""
-    print(f"\nstopped at step {step}, saved in {path}; the same command goes on from there")
-    sys.exit(130)
+class Loop:
+    """`for step in Loop(...)`: everything of a training loop that is not its science.
+
+    Before a step it sets the learning rate.  After a step it moves the bar and, now and then, shows
+    what `log` was given and checks that it is finite; calls save(step + 1) every `save_every`
+    steps; and after Ctrl-C or SIGTERM saves and exits with status 130.  It does not save after the
+    last step: that is up to the code below the loop.
+
+    c: a Config with steps, save_every and what `rate` reads; path: the checkpoint, for messages.
+    """
+
+    def __init__(self, name, c, optimizer, path, save, start=0, rate=None):
+        self.name, self.c, self.optimizer, self.path = name, c, optimizer, path
+        self.save, self.start, self.rate = save, start, rate or learning_rate
+        self.finite, self.shown = True, {}
+
+    def log(self, *finite, **shown):
+        """finite: tensors that end the run if they are not; shown: what the bar says, numbers or
+        whatever has a `str`.  Nothing here waits for the device."""
+        for value in finite:
+            self.finite = torch.isfinite(value.detach()).all() & self.finite
+        self.shown = shown
+
+    def __iter__(self):
+        c, terminal = self.c, sys.stderr.isatty()
+        bar = tqdm(range(self.start, c.steps), self.name, initial=self.start, total=c.steps,
+                   dynamic_ncols=True, disable=rank() > 0, mininterval=0.5 if terminal else 15)
+        with Stop() as stop:
+            for step in bar:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.rate(c, step)
+                yield step
+                last, saving = step + 1 == c.steps, (step + 1) % c.save_every == 0 or stop.asked
+                if step % 50 == 0 or saving or last:        # waits for the device only here
+                    if not self.finite:
+                        raise UserError(f"the loss is not finite at step {step}; {self.path}, if it"
+                                        " exists, is the last good state; try a smaller --lr")
+                    bar.set_postfix({k: f"{v:.4f}" if isinstance(v, torch.Tensor) else str(v)
+                                     for k, v in self.shown.items()})
+                if saving and not last:
+                    self.save(step + 1)
+                    if stop.asked:
+                        print(f"\nstopped at step {step + 1}, saved in {self.path}; "
+                              "the same command resumes from there")
+                        sys.exit(130)
 
 
-def progress(start, steps, what):
-    """A progress bar with an ETA over the steps still to do; in a log file now and then."""
-    return tqdm(range(start, steps), desc=what, initial=start, total=steps, dynamic_ncols=True,
-                disable=rank() > 0,
-                mininterval=0.5 if sys.stderr.isatty() else 15)
-
-
-def rate(config, step):
+def learning_rate(config, step):
     """The learning rate at a step: linear warm-up, then constant or a cosine down to zero."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     decay = 0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.decay else 1.0
@@ -327,8 +380,8 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def average(tensors):
-    """Replace each tensor by its mean over the ranks, in place; nothing to do when alone."""
+def all_reduce_mean(tensors):
+    """Replace each tensor by its mean over the ranks, in place; alone, nothing changes."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)

@@ -1,14 +1,14 @@
-"""Files from the network: published weights and data sets, fetched once into a cache and checked.
+"""Published weights and data sets: downloaded once into a cache, checked, unpacked.
 
-A download grows in `.NAME.part` beside its target and takes its real name only when it is whole
-and its sum is right: what is there can be trusted.  A cut connection goes on where it stopped, in
-the next run too.  What cannot be mended ends in one line that says what to do.
+A download grows in `.NAME.part` beside its target and is renamed when it is complete and its
+checksum is right.  If the connection breaks, the download resumes where it stopped, in the next
+run too.
 
-Environment: NOVAE_CACHE, a folder instead of ~/.cache/novae; HF_ENDPOINT, a mirror instead of
-https://huggingface.co; HF_TOKEN, for gated repositories there; HTTPS_PROXY and its like.
+Environment: NOVAE_CACHE, a folder instead of ~/.cache/novae; HF_ENDPOINT, a mirror of
+https://huggingface.co; HF_TOKEN, for gated repositories there; HTTPS_PROXY and the like.
 """
-import contextlib, errno, hashlib, os, re, shutil, tarfile, time, zlib
-from pathlib import Path, PurePosixPath
+import contextlib, errno, hashlib, os, re, shutil, tarfile, time
+from pathlib import Path
 
 import requests
 from tqdm import tqdm
@@ -18,111 +18,139 @@ from plumbing.config import UserError
 
 try:
     import fcntl
-except ImportError:                          # Windows: two runs at once must take care themselves
+except ImportError:                          # Windows: do not start two runs at once there
     fcntl = None
 
 HUB = "https://huggingface.co"
-TRIES = 5                                    # in a row that bring nothing new
-WAIT = 1.0                                   # seconds before the second try, doubled before each
-TIMEOUT = 30                                 # seconds of silence
+TRIES = 5                                    # failures in a row without a new byte
+WAIT = 1.0                                   # seconds before the second try, doubled for each next
+TIMEOUT = 30                                 # seconds without an answer
+NETWORK = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
-class Again(Exception):
-    """A failure that another try may mend: what it is and, optionally, what to do if none does."""
+class Retry(Exception):
+    """A failure that may pass: what happened and, optionally, what to do if it does not."""
 
 
-def cache():
-    """The folder where fetched files live."""
+def cache_dir():
+    """The folder of downloaded files."""
     return Path(os.environ.get("NOVAE_CACHE") or "~/.cache/novae").expanduser()
 
 
 @contextlib.contextmanager
-def alone(path, wait=True):
-    """Holds off every other process that makes the same `path`: ranks, or a second run.  Look
-    again inside whether it is there by now.  The system frees the lock of a process that dies.
-    Gives whether the lock is held: without `wait`, False at once where another process has it."""
-    path = Path(path)
+def file_lock(path, wait=True):
+    """Lets one process at a time make `path`: check again inside whether it exists by now.
+
+    Yields whether the lock is held: without `wait`, False at once if another process holds it.
+    When a process dies, the system frees its lock.  UserError: the folder is not writable.
+    """
+    path, held = Path(path), True
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_name(f".{path.name}.lock"), "w")
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be written to ({error.strerror})") from None
-    mine = True
     with lock:
-        if fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                mine = False
-            except OSError:                                    # some network drives have no locks
-                pass
-        yield mine
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            held = False
+        except OSError:                      # some network drives have no locks
+            pass
+        yield held
+
 
 # ---------------------------------------------------------------- one file
 
 
 def fetch(url, path, sha256=None, md5=None, size=None, token=None):
-    """Download `url` to `path` unless it is there, and check it either way; -> Path.
+    """Download `url` to `path` unless it exists, and check it either way; -> Path.
 
-    sha256, md5: hex sums; size: bytes; token: sent to the host of `url` alone, not to where it
-    redirects.  The hub tells the sum of its large files: it is checked when none is given.
+    sha256, md5: hex digests; size: bytes; token: sent to the host of `url` only, not to where it
+    redirects.  The hub states the sha256 of its large files, which is checked if none is given.
     UserError, one line each: no network, 401/403, 404, a server that keeps failing, truncation
-    (what came is kept, and gone on with next time); a wrong size or sum, an HTML page or Git-LFS
-    pointer in place of the file, a full disk (what came is removed: it would be in the way).
+    (the part file is kept and resumed); a wrong size or checksum, an HTML page or Git-LFS pointer
+    instead of the file, a full disk (the part file is removed).
     """
-    path = Path(path)
+    path, known = Path(path), dict(size=size, sha256=sha256, md5=md5)
     if url.startswith(HUB + "/"):
         url = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/") + url[len(HUB):]
-    known = dict(size=size, sha256=sha256, md5=md5)
     if not path.is_file():
-        with alone(path):
+        with file_lock(path):
             if not path.is_file():
                 print(f"fetching {url}\n      to {path}")
-                _insist(url, path, known, token)
+                _download(url, path, known, token)
                 return path
-    problem = _problem(path, **known)
-    if problem:                                # laid there by hand, perhaps: not ours to delete
-        raise UserError(f"{path}: {problem}; delete it, and the same command fetches it anew")
+    if problem := _problem(path, **known):   # the user may have put it there: do not delete it
+        raise UserError(f"{path}: {problem}; delete it, and the same command fetches it again")
     return path
 
 
-def _insist(url, path, known, token):
-    """Try until the part is whole and right, then rename it; wait twice as long after each try."""
-    part = _part(path)
-    tried, most = 0, _length(part)
+def _download(url, path, known, token):
+    """Try until the part file is complete and right, then rename it."""
+    part, tried, most = _part(path), 0, 0
     while True:
         begun = _length(part)
         try:
-            said = _receive(url, path, known["size"], token)
-            problem = _problem(part, **{k: v or said.get(k) for k, v in known.items()})
+            stated = _receive(url, path, known["size"], token)
+            problem = _problem(part, **{k: v or stated.get(k) for k, v in known.items()})
             if not problem:
-                os.replace(part, path)
-                return
+                return os.replace(part, path)
             part.unlink()
-            # the beginning may come from another version of the file: then once more, all of it
-            raise (Again if begun else UserError)(f"{url}: {problem}; what came was removed")
-        except Again as error:
+            # it may have begun with another version of the file: then try once more from the start
+            raise (Retry if begun else UserError)(f"{url}: {problem}; the download was removed")
+        except Retry as error:
             tried, most = 1 if _length(part) > most else tried + 1, max(most, _length(part))
             if tried >= TRIES:
                 raise UserError("; ".join(error.args)) from None
             print(f"{error.args[0]}; trying again")
             time.sleep(WAIT * 2 ** (tried - 1))
-        except requests.RequestException as error:         # an address that is none, and the like
+        except requests.RequestException as error:         # not a URL, a redirect loop, ...
             raise UserError(f"{url}: {type(error).__name__}: {error}") from None
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise UserError(f"{path}: could not be written ({error.strerror})") from None
             part.unlink(missing_ok=True)
             raise UserError(f"{path}: the disk is full; make room, or set NOVAE_CACHE to a folder "
-                            "on another one (what had come was removed)") from None
+                            "on another disk (the partial download was removed)") from None
 
 
 def _receive(url, path, size, token):
-    """One request: append what the part lacks; -> what the server says of size and sha256."""
-    part = _part(path)
-    have, total, answered, cut = _length(part), size, False, False
-    if size is not None and have == size:                  # killed just before the renaming
+    """One request that appends what the part file lacks -> what the server states: size, sha256."""
+    part, have, cut = _part(path), _length(_part(path)), False
+    if have and have == size:                              # killed just before the renaming
         return {}
+    reply = _request(url, path, have, token)
+    code, span = reply.status_code, reply.headers.get("Content-Range", "")
+    if code == 200:                                        # the whole file, whatever was asked
+        have, span = 0, "/" + reply.headers.get("Content-Length", "")
+    first, total = (n and int(n) for n in re.match(         # "bytes 5-9/10", "bytes */10", "/10"
+        r"(?:bytes (\d+)-)?.*?(?:/(\d+))?$", span).groups())
+    if code == 416 and total == have > 0:
+        return {}                                          # killed there too, the size unknown
+    if code == 416 or code == 206 and first != have:
+        part.unlink(missing_ok=True)
+        raise Retry(f"{url}: cannot resume at byte {have:,}")
+    total = total or size
+    with (reply, open(part, "ab" if have else "wb") as file,
+          tqdm(desc=path.name, total=total, initial=have, unit="B", unit_scale=True) as bar):
+        try:
+            for chunk in reply.iter_content(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))
+        except NETWORK:
+            cut = True
+    if cut or _length(part) < (total or 0):
+        of = f" of {total:,}" if total else ""
+        raise Retry(f"{url}: truncated, {_length(part):,}{of} bytes received",
+                    "the same command resumes from there")
+    etags = [hop.headers.get("X-Linked-Etag", "").strip('"') for hop in [*reply.history, reply]]
+    return dict(size=total, sha256=next(filter(re.compile("[0-9a-f]{64}").fullmatch, etags), None))
+
+
+def _request(url, path, have, token):
+    """Ask for the bytes from `have` on -> the server's answer: 200, 206 or 416, else an error."""
     # identity: the file's own bytes, so that lengths and ranges mean the same on both sides
     headers = {"Accept-Encoding": "identity"}
     if have:
@@ -130,67 +158,21 @@ def _receive(url, path, size, token):
     if token:
         headers["Authorization"] = f"Bearer {token.strip()}"
     try:
-        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as r:
-            answered = True
-            first, whole = _range(r)
-            if r.status_code == 416 and whole == have > 0:
-                return {}                                  # nothing was lacking
-            if r.status_code == 416 or r.status_code == 206 and first != have:
-                part.unlink(missing_ok=True)
-                raise Again(f"{url}: cannot go on at byte {have}")
-            _refusals(r, url, token)
-            if r.status_code == 200:                       # knows no ranges: sends it all
-                have, whole = 0, _number(r.headers.get("Content-Length"))
-            total = size if whole is None else whole
-            sums = [hop.headers.get("X-Linked-Etag", "").strip('"') for hop in [*r.history, r]]
-            with (open(part, "ab" if have else "wb") as file,
-                  tqdm(total=total, initial=have, unit="B", unit_scale=True, dynamic_ncols=True,
-                       desc=path.name) as bar):
-                for chunk in r.iter_content(1 << 16):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-                file.flush()
-                os.fsync(file.fileno())
-    except (requests.ConnectionError, requests.Timeout,
-            requests.exceptions.ChunkedEncodingError) as error:
-        if not answered:
-            reason = getattr(error.args[0] if error.args else error, "reason", error)
-            raise Again(f"{url}: no connection ({type(reason).__name__})",
-                        f"without a network, get it elsewhere and save it as {path}") from None
-        cut = True
-    if cut or total is not None and _length(part) < total:
-        raise Again(f"{url}: truncated, {_length(part):,} of "
-                    f"{f'{total:,}' if total else 'more'} bytes",
-                    "the same command goes on from there")
-    return dict(size=total, sha256=next((s for s in sums if re.fullmatch("[0-9a-f]{64}", s)), None))
-
-
-def _refusals(r, url, token):
-    """Every answer but 200 and 206, in the words of somebody who has to do something about it."""
-    code = r.status_code
-    if code in (401, 403):
-        page = url.split("/resolve/")[0]
-        if page == url:
-            raise UserError(f"{url}: the server refuses it (HTTP {code})")
-        raise UserError(f"{url}: HTTP {code}, " + (
-            "the token in HF_TOKEN is refused; accept the terms with its account on "
-            if token else "a gated repository: accept its terms on ") + page + (
-            ", or renew it" if token else ", and set HF_TOKEN to a token of that account"))
+        reply = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+    except NETWORK as error:
+        reason = getattr(error.args[0] if error.args else error, "reason", error)
+        raise Retry(f"{url}: no connection ({type(reason).__name__})",
+                    f"without a network, get it elsewhere and save it as {path}") from None
+    code, (page, gated, _) = reply.status_code, url.partition("/resolve/")
+    if code in (200, 206, 416):
+        return reply
     if code in (408, 429) or code >= 500:
-        raise Again(f"{url}: the server fails (HTTP {code})", "try later")
-    if code not in (200, 206):
-        raise UserError(f"{url}: " + ("not there any more" if code in (404, 410) else
-                                      "unexpected answer") + f" (HTTP {code})")
-
-
-def _range(r):
-    """Content-Range: bytes 5-9/10 -> (5, 10); None for what it does not say."""
-    m = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", r.headers.get("Content-Range", ""))
-    return (_number(m[1]), _number(m[2])) if m else (None, None)
-
-
-def _number(text):
-    return int(text) if text and text.isdigit() else None
+        raise Retry(f"{url}: the server fails (HTTP {code})", "try later")
+    if code in (401, 403) and gated:
+        what = "the token in HF_TOKEN is refused" if token else "a gated repository"
+        raise UserError(f"{url}: HTTP {code}, {what}: accept the terms on {page}, and set HF_TOKEN "
+                        "to a valid token of that account")
+    raise UserError(f"{url}: HTTP {code}, {reply.reason or 'unexpected'}")
 
 
 def _part(path):
@@ -210,26 +192,27 @@ def _problem(path, size, sha256, md5):
             return config.wrong_kind(head)
         if size is not None and _length(path) != size:
             return f"has {_length(path):,} bytes and not {size:,}"
-        for kind, want in dict(sha256=sha256, md5=md5).items():
+        for kind, digest in dict(sha256=sha256, md5=md5).items():
             file.seek(0)
-            if want and hashlib.file_digest(file, kind).hexdigest() != want:
-                return f"its {kind} is wrong, so it is damaged or not the file that it should be"
+            if digest and hashlib.file_digest(file, kind).hexdigest() != digest:
+                return f"its {kind} is wrong, so it is damaged or not the right file"
+
 
 # ---------------------------------------------------------------- archives
 
 
 def unpack(archive, folder, most_bytes=8 << 30):
-    """Unpack a tar archive (.tgz ...) into `folder` unless that exists; -> Path.
+    """Unpack a tar archive (.tgz and the like) into `folder` unless that exists; -> Path.
 
-    When all of it is in one top folder, that becomes `folder`.  It appears whole or not at all.
-    UserError: damaged, larger than most_bytes once unpacked, a full disk, or with anything in it
-    that a data set has no use for: links, devices, names that lead out of the folder.
+    If everything is in one top folder, that becomes `folder`.  It appears complete or not at all.
+    UserError: damaged or empty, larger than most_bytes once unpacked, a full disk, or a member that
+    no data set needs: a link, a device, a name that leads out of the folder.
     """
     archive, folder = Path(archive), Path(folder)
     part = _part(folder)
     if folder.is_dir():
         return folder
-    with alone(folder):
+    with file_lock(folder):
         if folder.is_dir():
             return folder
         shutil.rmtree(part, ignore_errors=True)            # of a run that was killed
@@ -239,29 +222,32 @@ def unpack(archive, folder, most_bytes=8 << 30):
             inside = list(part.iterdir())
             lone = len(inside) == 1 and inside[0].is_dir()
             os.replace(inside[0] if lone else part, folder)
-        except (tarfile.TarError, EOFError, zlib.error) as error:
+        except UserError:
+            raise
+        except Exception as error:                         # tarfile, gzip, lzma: each has its own
             reason = str(error).partition("\n")[0]
+            if getattr(error, "errno", None):
+                raise UserError(f"{folder}: could not be unpacked from {archive} "
+                                f"({error.strerror})") from None
             raise UserError(f"{archive}: a damaged archive ({reason}); delete it, and the same "
-                            "command fetches it anew") from None
-        except OSError as error:
-            raise UserError(f"{folder}: could not be unpacked from {archive} "
-                            f"({error.strerror or error})") from None
+                            "command fetches it again") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
 def _extract(archive, part, most_bytes):
-    """Every member after a look at it; Python's own `data` filter looks once more."""
+    """Stricter than tarfile's `data` filter, which renames absolute paths and lets links pass."""
     room = most_bytes
     with tarfile.open(archive) as tar:
         for member in tqdm(tar, desc=f"unpacking {archive.name}", unit=" files"):
-            name = PurePosixPath(member.name.replace("\\", "/"))
-            if name.is_absolute() or ".." in name.parts:
-                raise UserError(f"{archive}: {member.name!r} would land outside of the folder")
-            if not (member.isreg() or member.isdir()):
-                raise UserError(f"{archive}: {member.name!r} is a link or device; refused")
-            room -= member.size + 512                      # an empty file is not free either
+            parts = member.name.replace("\\", "/").split("/")
+            if not parts[0] or ".." in parts or not (member.isreg() or member.isdir()):
+                raise UserError(f"{archive}: {member.name!r} is a link or device, or would land "
+                                "outside of the folder; refused")
+            room -= member.size + 512                      # even an empty file takes space
             if room < 0:
                 raise UserError(f"{archive}: more than {most_bytes:,} bytes once unpacked; refused")
             tar.extract(member, part, filter="data")
+        if room == most_bytes:
+            raise tarfile.ReadError("it is empty")

@@ -1,20 +1,20 @@
-"""LPIPS: how different two pictures look, by the features of a frozen VGG16.
+"""LPIPS: how different two images look, by the features of a frozen VGG16.
 
-L1 sees a texture moved by one pixel as all wrong, and blur as nearly right; an eye does not.  LPIPS
-(Zhang et al., arXiv 1801.03924) compares a classifier's maps after each of its five levels, each
-channel weighted as human judgements taught it.  Stage 1 at full size minimises it beside L1.
+L1 rates a texture shifted by one pixel as all wrong, and blur as nearly right; a human does not.
+LPIPS (Zhang et al., arXiv 1801.03924) compares the feature maps of a classifier after each of its
+five levels, each channel weighted to agree with human judgments.  Stage 1 at full size minimizes it
+beside L1.
 
-Reads two files, fetched once or given by hand: VGG16 (553 MB, of which the convolutions, 59 MB,
-are used) and the heads, five rows of channel weights (7 KB, version 0.1).
+It reads two files, downloaded once: VGG16 (553 MB, of which only the convolutions, 59 MB, are used)
+and the heads, five rows of channel weights (7 KB, version 0.1).
 """
 import torch
 import torch.nn as nn
 
-from plumbing import config
-from plumbing.config import UserError
-from plumbing.fetch import cache, fetch
+from plumbing.config import UserError, load
+from plumbing.fetch import cache_dir, fetch
 
-# Letters: B batch, H W picture, C h w the channels and sides of one level's map.
+# Letters: B batch, H W image, C h w the channels and sides of one level's map.
 
 LEVELS = [(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)]     # channels, convolutions of each
 
@@ -28,11 +28,11 @@ HEADS = dict(
 
 
 class LPIPS(nn.Module):
-    """The metric, version 0.1 with VGG16.  Random until `load_lpips` fills it; frozen for good."""
+    """The metric, version 0.1 with VGG16.  Random until `load_lpips` fills it; always frozen."""
 
     def __init__(self):
         super().__init__()
-        layers, self.ends, width = [], [], 3       # numbered as torchvision does: features.0 ... 28
+        layers, self.ends, width = [], [], 3       # numbered as torchvision does: 0 ... 28
         for channels, convolutions in LEVELS:
             if layers:
                 layers.append(nn.MaxPool2d(2))
@@ -48,7 +48,7 @@ class LPIPS(nn.Module):
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
-        """Stays in eval mode, whatever a parent's `train()` says."""
+        """Stays in eval mode when a parent's `train()` is called."""
         return super().train(False)
 
     def maps(self, images):
@@ -62,64 +62,44 @@ class LPIPS(nn.Module):
         return found
 
     def forward(self, x, y):
-        """Pictures x, y [-1, 1] (B, 3, H, W), H and W >= 16 -> distances float32 (B,), >= 0.
+        """Images x, y [-1, 1] (B, 3, H, W), H and W >= 16 -> distances float32 (B,), >= 0.
 
-        The gradient goes to x only: y is the wanted picture.  ValueError: shapes that differ (they
-        would broadcast in silence) or sides too small for four halvings.
+        The gradient goes to x only: y is the target.  ValueError: shapes that differ (they would
+        broadcast silently) or sides too small for four halvings.
         """
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 16:
             raise ValueError(f"LPIPS takes two (B, 3, H, W) of one shape, H and W >= 16, not "
                              f"{tuple(x.shape)} and {tuple(y.shape)}")
         with torch.no_grad():
-            wanted = self.maps(y)
+            target = self.maps(y)
         distance = 0.0
-        for a, b, head in zip(self.maps(x), wanted, self.heads):
+        for a, b, head in zip(self.maps(x), target, self.heads):
             # eq. 1, but the head multiplies the square, as the released weights were trained.
-            # Elementwise and not a 1x1 convolution, which autocast would do in bf16.
+            # Elementwise instead of a 1x1 convolution, which autocast would run in bf16.
             distance = distance + (head * (a - b).square()).sum(1).mean((1, 2))         # (B,)
         return distance
-
-# ---------------------------------------------------------------- load
 
 
 def load_lpips(device="cpu", vgg=None, heads=None):
     """-> LPIPS with the published weights, frozen, on `device`.
 
     vgg: a file in torchvision's layout (vgg16-397923af.pth); heads: one in the lpips package's
-    (weights/v0.1/vgg.pth).  Left out, each is fetched into $NOVAE_CACHE or ~/.cache/novae, once.
-    Strict: UserError names the file and what is missing, unexpected, misshapen or impossible.
+    (weights/v0.1/vgg.pth).  If omitted, each is downloaded once, into $NOVAE_CACHE or
+    ~/.cache/novae.  Strict: UserError names the file and what does not fit.
     """
     model = LPIPS()
-    convolutions = {f"features.{k}": v for k, v in model.features.state_dict().items()}
-    rows = {f"lin{i}.model.1.weight": v for i, v in enumerate(model.heads)}
-    fill(vgg or fetch(path=cache() / "vgg16-397923af.pth", **VGG), convolutions,
-         "the VGG16 of torchvision", unused="classifier.")
-    fill(heads or fetch(path=cache() / "lpips-v0.1-vgg.pth", **HEADS), rows,
-         "the LPIPS heads for VGG16", positive=True)     # a negative one would reward a difference
+    vgg = vgg or fetch(path=cache_dir() / "vgg16-397923af.pth", **VGG)
+    heads = heads or fetch(path=cache_dir() / "lpips-v0.1-vgg.pth", **HEADS)
+    fill(model.features, vgg, "torchvision's VGG16", "features.")
+    fill(model.heads, heads, "the LPIPS heads for VGG16", "lin", ".model.1.weight")
     return model.to(device)
 
 
-def fill(path, wanted, what, unused=None, positive=False):
-    """Copy a file's tensors into those of `wanted`, a dict by name; nothing unless all of it fits.
-
-    Names that start with `unused` are passed over; `positive` refuses values below zero.
-    """
-    state = config.load(path)
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: not {what}: holds a {type(state).__name__}")
-    wrong = [f"{k} is unexpected" for k in state
-             if k not in wanted and not (unused and str(k).startswith(unused))]
-    for k, mine in wanted.items():
-        v, shape = state.get(k), tuple(mine.shape)
-        if not isinstance(v, torch.Tensor):
-            wrong.append(f"{k} is missing")
-        elif tuple(v.shape) != shape:
-            wrong.append(f"{k} is {tuple(v.shape)}, not {shape}")
-        elif not v.isfinite().all() or positive and v.min() < 0:
-            wrong.append(f"{k} has values that are not finite{' or negative' * positive}")
-    if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise UserError(f"{path}: not {what}: {'; '.join(wrong[:3])}{more}")
-    with torch.no_grad():
-        for k, mine in wanted.items():
-            mine.copy_(state[k])
+def fill(module, path, what, prefix, suffix=""):
+    """Copy a file's tensors into a module, whose names there have this prefix and suffix."""
+    saved = load(path)
+    try:
+        module.load_state_dict({k.removeprefix(prefix).removesuffix(suffix): v
+                                for k, v in saved.items() if not k.startswith("classifier.")})
+    except (AttributeError, RuntimeError) as error:           # not a dict of names; names, shapes
+        raise UserError(f"{path}: not {what}: {' '.join(str(error).split())[:300]}") from None

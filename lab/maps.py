@@ -1,0 +1,113 @@
+"""The figures of RESULTS.md that show images and latents; `python -m lab.report --pictures` draws
+them from the trained models of lab.evidence."""
+import math
+
+import numpy as np
+import torch
+
+import sample
+from ae import load_ae
+from data import load_images, shapes, to_float, to_uint8
+from lab import evidence
+from plumbing import config
+from plumbing.config import require
+from plumbing.draw import PAPER, Canvas, save_grid
+
+COLORS = ("#2f6fb7", "#e07b28", "#2c9a62", "#a8438f", "#d0342c", "#8c6d31", "#e377c2", "#17a2b8",
+          "#7f7f7f", "#bcbd22")                                   # one for each class
+NAMES = {"svg": "SVG", "dino": "DINO only", "unaligned": "DINO + residual, unaligned",
+         "vae": "VAE"}
+
+# ---------------------------------------------------------------- from features to the plane
+
+
+def pca(x, dims=2):
+    """Features (n, d) -> their coordinates (n, dims) along the directions of largest variance."""
+    x = torch.as_tensor(x).double()
+    x = x - x.mean(0)
+    return x @ torch.linalg.eigh(x.T @ x)[1][:, -dims:].flip(1)
+
+
+def tsne(x, perplexity=30.0, steps=500):
+    """Features (n, d) -> a map (n, 2) that keeps neighbors together (van der Maaten and Hinton
+    2008).  Exact: every pair counts, so 1,000 points take seconds and 10,000 a quarter of an hour.
+
+    Groups in the map mean something; distances between groups mean little.  ValueError: perplexity.
+    """
+    x = torch.as_tensor(x).double()
+    n, distance = len(x), torch.cdist(x, x).square()
+    require(1 < perplexity < n, f"perplexity must lie between 1 and {n} points")
+    # each point's Gaussian is as wide as it takes to have `perplexity` neighbors: bisection
+    low, high, goal = x.new_full((n, 1), -30.0), x.new_full((n, 1), 30.0), math.log(perplexity)
+    distance = distance / distance.mean()
+    for _ in range(50):
+        middle = (low + high) / 2                                              # log of 1 / width
+        log_p = (-distance * middle.exp()).fill_diagonal_(-torch.inf).log_softmax(1)
+        p = log_p.exp()
+        entropy = -(p * log_p.nan_to_num(neginf=0.0)).sum(1, keepdim=True)
+        low = torch.where(entropy > goal, middle, low)
+        high = torch.where(entropy > goal, high, middle)
+    p = ((p + p.T) / (2 * n)).clamp(min=1e-12).float()
+    y = pca(x)
+    y = (y / y[:, :1].std() * 1e-4).float()
+    velocity = torch.zeros_like(y)
+    for step in range(steps):
+        early = step < steps // 4
+        near = 1 / (1 + torch.cdist(y, y).square()).fill_diagonal_(torch.inf)  # Student's t
+        # at first the attraction is exaggerated, so that groups form
+        pull = (p * (12 if early else 1) - near / near.sum()) * near
+        gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
+        velocity = (0.5 if early else 0.8) * velocity - n / 12 * gradient
+        y = y + velocity
+    return y
+
+# ---------------------------------------------------------------- the figures
+
+
+def draw(models, assets):
+    """All three; models: the folder where lab.evidence trained them; assets: where they go."""
+    for name, figure in (("maps", draw_maps), ("residual", draw_residual), ("strip", draw_strip)):
+        figure(models, assets / f"{name}.png")
+        print(f"wrote {assets / name}.png")
+
+
+def draw_maps(models, path, n=1000, side=300):
+    """PCA above, t-SNE below, of the mean token of the same n images, colored by class."""
+    x, y, classes = shapes(n, 32, seed=5)
+    sheet = Canvas(len(NAMES) * (side + 12) + 110, 2 * side + 52)
+    for i, (latent, name) in enumerate(NAMES.items()):
+        model = load_ae(models / f"{latent}-0" / "ae.pt")
+        z = evidence.encode_all(model, x.numpy()).mean((2, 3))
+        sheet.text(i * (side + 12), 6, name, 17)
+        for j, flat in enumerate((pca(z), tsne(z))):
+            panel = Canvas(side, side, PAPER)
+            flat = np.asarray(flat - flat.mean(0))
+            place = flat / (2.2 * np.abs(flat).max()) * side + side / 2
+            for k, color in enumerate(COLORS):
+                panel.dots(place[(y == k).numpy()], color + "b0", 2.6)
+            sheet.paste(panel, i * (side + 12), 34 + j * (side + 12))
+    for k, (name, color) in enumerate(zip(classes, COLORS)):
+        sheet.text(len(NAMES) * (side + 12) + 6, 40 + 24 * k, name, 16, color)
+    config.atomic(path, sheet.done().save)
+
+
+def draw_residual(models, path, n=16):
+    """Held-out images, then decoded from DINO only, unaligned, SVG, VAE: a row each."""
+    held, _, _ = load_images("shapes", 32, "test")
+    x = to_float(held, slice(0, n))
+    rows = [to_uint8(x)]
+    for latent in ("dino", "unaligned", "svg", "vae"):
+        model = load_ae(models / f"{latent}-0" / "ae.pt")
+        rows.append(to_uint8(model.decode(model.encode(x))))
+    save_grid(path, torch.cat(rows), n)
+
+
+def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25)):
+    """A row for each number of Euler steps from the same noise: SVG on the left, VAE on the
+    right."""
+    halves = []
+    for latent in ("svg", "vae"):
+        model, decoder = sample.load(models / f"{latent}-0", "cpu")
+        y = torch.arange(10)
+        halves.append([sample.generate(model, decoder, y, k, 2.0, None, 0) for k in counts])
+    save_grid(path, torch.cat([torch.cat(both) for both in zip(*halves)]), 20)

@@ -1,0 +1,224 @@
+"""Folders of images: listed, split into train and test, decoded to uint8 arrays; archives to fetch.
+
+A folder holds one sub-folder per class, directly or inside train/ and val/.
+"""
+import os, unicodedata, warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from plumbing import config
+from plumbing.config import UserError
+from plumbing.fetch import cache_dir, fetch, unpack
+
+# ---------------------------------------------------------------- data sets to download
+
+FASTAI = "https://s3.amazonaws.com/fast-ai-imageclas/"
+ARCHIVES = {                   # ten classes of ImageNet each: easy ones, and breeds of dogs
+    "imagenette": (FASTAI + "imagenette2-320.tgz",           # 340 MB; the shorter side is 320 px
+                   dict(md5="3df6f0d01a2c9592104656642f5e78a3")),
+    "imagenette-full": (FASTAI + "imagenette2.tgz",          # 1.6 GB; as in ImageNet
+                        dict(md5="fe2fc210e6bb7c5664d602c3cd71e612")),
+    "imagewoof": (FASTAI + "imagewoof2-320.tgz",             # the sha256 that third parties record
+                  dict(sha256="4e4905ed7643120daaf9bf3b2ef7f3a7e8396d9bdaf254a38c6f01f618b4973d")),
+}
+WORDS = {                      # ImageNet's names of these classes -> words
+    "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
+    "n03000684": "chain saw", "n03028079": "church", "n03394916": "French horn",
+    "n03417042": "garbage truck", "n03425413": "gas pump", "n03445777": "golf ball",
+    "n03888257": "parachute",
+    "n02086240": "Shih-Tzu", "n02087394": "Rhodesian ridgeback", "n02088364": "beagle",
+    "n02089973": "English foxhound", "n02093754": "Border terrier",
+    "n02096294": "Australian terrier", "n02099601": "golden retriever",
+    "n02105641": "Old English sheepdog", "n02111889": "Samoyed", "n02115641": "dingo",
+}
+
+
+def find_folder(name):
+    """A name of ARCHIVES -> its folder in the cache, downloaded and unpacked if it is not there;
+    any other name is the path of a folder."""
+    if name not in ARCHIVES:
+        return Path(name).expanduser()
+    url, checksum = ARCHIVES[name]
+    archive = cache_dir() / url.rpartition("/")[2]
+    folder = archive.with_suffix("")
+    return folder if folder.is_dir() else unpack(fetch(url, archive, **checksum), folder)
+
+
+# ---------------------------------------------------------------- listing
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test")}
+HELD_OUT = 10                  # every tenth image of a class, if there is no folder for the test
+
+
+def list_folder(root, split, classes=""):
+    """-> (paths, labels, class names) of one split of a folder, always in the same order.
+
+    root/train/CLASS/* with root/val/CLASS/* (or valid, validation, test), or root/CLASS/*.
+    classes: use only these, comma-separated or in a text file with one per line; they are numbered
+    in the folder's order, not in this one.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--data {root}: no such folder (and not the name of a data set: shapes, "
+                        f"{', '.join(ARCHIVES)})")
+    own = {kind: next((root / n for n in names if (root / n).is_dir()), None)
+           for kind, names in SPLITS.items()}
+    top, of_split, separate = own["train"] or root, own[split], all(own.values())
+    folders = _chosen(sorted(d.name for d in top.iterdir()
+                             if d.is_dir() and not d.name.startswith(".")), classes, root)
+    paths, labels = [], []
+    for label, name in enumerate(folders):
+        folder = (of_split if separate else top) / name
+        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()
+                       and not f.name.startswith("."))       # macOS leaves ._NAME beside NAME
+        if not files:
+            raise UserError(f"{folder}: no images in this class ({', '.join(sorted(SUFFIXES))})")
+        if not separate:
+            if len(files) < 2:
+                raise UserError(f"{folder}: holds one image; the test split needs another one")
+            held = files[HELD_OUT - 1::HELD_OUT] or files[-1:]
+            files = held if split == "test" else [f for f in files if f not in set(held)]
+        paths += files
+        labels += [label] * len(files)
+    return paths, labels, [printable(WORDS.get(name, name)) for name in folders]
+
+
+def _chosen(folders, classes, root):
+    """Those of the folders that --classes names, by their own names or the ones in WORDS."""
+    if not folders:
+        raise UserError(f"--data {root}: holds no sub-folders; it needs one per class")
+    same = [_same(name) for name in folders]
+    twins = [name for name in folders if same.count(_same(name)) > 1]
+    if twins:
+        raise UserError(f"--data {root}: classes differ only in case: {', '.join(twins)}")
+    if not classes:
+        return folders
+    path = Path(classes).expanduser()
+    listed = (path.read_text("utf-8-sig", "replace").splitlines()
+              if "," not in classes and path.is_file() else classes.split(","))
+    known = {_same(word): name for name in folders for word in (WORDS.get(name, name), name)}
+    chosen = set()
+    for name in filter(None, map(str.strip, listed)):
+        if _same(name) not in known:
+            more = f" and {len(folders) - 5} more" if len(folders) > 5 else ""
+            raise UserError(f"--classes: {root} has no class {name!r}, only "
+                            f"{', '.join(folders[:5])}{more}")
+        chosen.add(known[_same(name)])
+    if not chosen:
+        raise UserError(f"--classes {classes}: names no class")
+    return [name for name in folders if name in chosen]
+
+
+def _same(name):
+    """Equal for names that a person would take for one: case, composed accents."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def printable(name):
+    """A file name that is not in the file system's encoding can be opened, but not printed."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
+
+
+# ---------------------------------------------------------------- decoding
+
+# what the bytes may be, whatever the suffix says; not EPS, which would be run as a program
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
+MOST_PIXELS = 90_000_000       # per image; more is a mistake, or a decompression bomb
+
+
+def decode(path, size):
+    """An image file -> uint8 (3, size, size) RGB; OSError or ValueError if it cannot be read.
+
+    ADM's center crop: halve with a box filter while it is twice too large, then resize bicubically,
+    then crop.  Rotated as its EXIF says; transparency over white; the first frame of an animation;
+    16-bit gray and floats are scaled to 8 bits.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        image.draft("RGB", (2 * size, 2 * size))             # a JPEG can be decoded smaller
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too many")
+        image.load()
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:                                    # damaged EXIF beside a good image
+            pass
+        if image.mode[0] in "IF":                            # 16 bits and more
+            values = np.nan_to_num(np.asarray(image, np.float32))
+            white = 65535 if image.mode[0] == "I" else 1 if values.max() <= 1 else 255
+            values = (values * (255 / white)).round().clip(0, 255)
+            image = Image.fromarray(values.astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    most = 16 * min(image.size)                              # a thin image would grow huge below
+    image = _center_crop(image, min(image.width, most), min(image.height, most))
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((max(size, round(image.width * scale)),
+                          max(size, round(image.height * scale))), Image.BICUBIC)
+    return np.asarray(_center_crop(image, size, size)).transpose(2, 0, 1)
+
+
+def _center_crop(image, width, height):
+    x, y = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((x, y, x + width, y + height))
+
+
+def decode_folder(root, paths, labels, names, size, out):
+    """Decode what `list_folder` found in `root` into the file `out` (.npy): uint8 (M, 3, size,
+    size), which appears complete or not at all; -> the labels of the M images.
+
+    Files that cannot be read are named and skipped; UserError if they are more than 1 % of all, or
+    all of a class.
+    """
+    kept, bad = [], []
+
+    def header(file, count):                                 # numpy leaves room for any count
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, dict(
+            descr="|u1", fortran_order=False, shape=(count, 3, size, size)))
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            header(file, len(paths))
+            for label, result in zip(labels, tqdm(_decoded(paths, size), "decoding", len(paths))):
+                if not isinstance(result, str):
+                    file.write(result.tobytes())
+                    kept.append(label)
+                    continue
+                bad.append(result)
+                tqdm.write(f"skipped {result}")
+                if len(bad) > 0.01 * len(paths):
+                    raise UserError(f"--data {root}: more than 1 % of the {len(paths)} images "
+                                    f"cannot be read, the first: {bad[0]}")
+            header(file, len(kept))
+        if empty := set(labels) - set(kept):
+            raise UserError(f"--data {root}: no image of {names[min(empty)]} can be read")
+
+    with warnings.catch_warnings():                          # not thread-safe, so not in `decode`
+        warnings.simplefilter("ignore")                      # about odd EXIF, many pixels ...
+        config.atomic(out, write)
+    if bad:
+        print(f"skipped {len(bad)} of {len(paths)} images that cannot be read")
+    return kept
+
+
+def _decoded(paths, size):
+    """Yields each path's array, or a line that says why it cannot be read."""
+    def one(path):
+        try:
+            return decode(path, size)
+        except Exception as error:                           # Pillow raises many kinds
+            return printable(f"{path}: {type(error).__name__}: {error}")
+
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+        # a thousand at a time: on a slow disk, decoded images must not pile up in memory
+        for start in range(0, len(paths), 1000):
+            yield from pool.map(one, paths[start:start + 1000])
