@@ -776,7 +776,7 @@ def test_the_real_sizes_take_steps_at_256_px(tmp_path, monkeypatch):
     """All three stages of the imagenette preset on random weights and generated photographs."""
     for name in ("cats", "dogs"):
         (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(3):
+        for i in range(2):
             picture(tmp_path / "photos" / name / f"{i}.jpg", (330, 300))
     torch.manual_seed(0)
     torch.save(dino.DINOv3(dino.SIZES["vits16plus"]).state_dict(), tmp_path / "random.pth")
@@ -792,7 +792,7 @@ def test_the_real_sizes_take_steps_at_256_px(tmp_path, monkeypatch):
         "--batch", "2", "--size", "S", "--shift", "auto", "--micro_batch", "1"])
     net, model = dit.train(stage2), ae.load_ae("out/imagenette/ae.pt")
     latents = np.load(f"out/imagenette/latents-{model.fingerprint}.npy", mmap_mode="r")
-    assert latents.shape == (2, 4, 392, 16, 16)
+    assert latents.shape == (2, 2, 392, 16, 16)
     assert sample.generate(net, model, [0, 1], 1, 1.0).shape == (2, 3, 256, 256)
 
 
@@ -870,7 +870,7 @@ def test_a_width_below_the_latent_channels_is_warned_of(work, tmp_path):
 def test_a_killed_run_ends_with_the_same_bits(work, tmp_path, script, file):
     """kill -9 in the middle, the same command again: weights equal to an uninterrupted run's."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags = ["--preset", "debug", "--steps", 40, "--save_every", 5]
+    flags = ["--preset", "debug", "--steps", 30, "--save_every", 4]
     flags += ["--ae", work / "out/debug"] if script == "dit.py" else ["--gan", 1, "--gan_start", 9]
     module = dict(ae=ae, dit=dit)[script[:-3]]
     assert call(module, *flags, "--out", whole, cwd=work).returncode == 0
@@ -881,7 +881,7 @@ def test_a_killed_run_ends_with_the_same_bits(work, tmp_path, script, file):
     process.kill()
     process.wait()
     step = config.load(broken / file)["step"]
-    assert 0 < step < 40, "the run was over before it could be killed"
+    assert 0 < step < 30, "the run was over before it could be killed"
     result = run(script, *flags, "--out", broken, cwd=work)
     assert result.returncode == 0 and "resuming from step" in result.stdout, result.stderr
     a, b = config.load(whole / file), config.load(broken / file)
@@ -961,9 +961,9 @@ def test_sample_writes_sweep_gif_and_npz(work):
 
 
 def test_nfe_is_counted(work):
-    inside = sum(0.3 <= t < 0.6 for t in flow.times(10, 4.0))
+    inside = sum(0.3 <= t <= 0.6 for t in flow.times(10, 4.0))
     for flags, nfe in (([], 20), (["--t_lo", 0.3, "--t_hi", 0.6], 10 + inside), (["--t_lo", 1], 10),
-                       (["--scale", 1], 10), (["--sampler", "heun"], 39)):  # its last is at t_hi
+                       (["--scale", 1], 10), (["--sampler", "heun"], 40)):
         result = call(sample, "--preset", "debug", "--steps", 10, "--shift", 4, "--n", 0,
                       "--classes", 1, *flags, cwd=work)
         assert f"\nnfe: {nfe}\n" in result.stdout and "nothing is scored" in result.stdout
@@ -985,6 +985,9 @@ def test_the_autoencoder_is_found_where_stage_2_read_it(work, tmp_path):
     assert encoder.fingerprint == model.ae_fingerprint
     other = config.load(work / "out/debug/ae.pt")
     config.save(tmp_path / "ae.pt", {**other, "fingerprint": "01234567"})
+    assert sample.load(tmp_path, "cpu")[1].fingerprint == model.ae_fingerprint
+    saved = config.load(tmp_path / "dit.pt")
+    config.save(tmp_path / "dit.pt", {**saved, "ae_folder": str(tmp_path / "gone")})
     one_line(call(sample, "--out", tmp_path, "--n", 0, cwd=work), "another autoencoder")
     (tmp_path / "dit.pt").unlink()
     one_line(call(sample, "--out", tmp_path, cwd=work), "dit.pt", "no such file", "python dit.py")
@@ -1068,7 +1071,8 @@ def test_the_texts_name_what_there_is():
             assert (ROOT / name).exists() or (path.parent / name).exists(), (path, name)
 
 
-COMMANDS = sorted({part.split("#")[0].strip() for text in TEXTS.values()
+COMMANDS = sorted({part.split("#")[0].strip() for path, text in TEXTS.items()
+                   if path.parent == ROOT        # the exercises ask for flags that are not there yet
                    for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)
                    for line in block.splitlines() for part in line.split("&&")
                    if part.strip().startswith("python ")})

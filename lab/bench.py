@@ -14,8 +14,7 @@ call what the stages call.  Machines are noisy: compare numbers of one run only.
     float32    img/s without autocast (on a GPU with TF32 products): what to expect of a CPU without
                bfloat16; ratio: how many times as fast the row is with autocast
 """
-import contextlib, functools, importlib, json, math, resource, statistics, subprocess, sys
-import tempfile, time
+import contextlib, functools, gc, importlib, json, math, os, resource, statistics, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from dino import SIZES, DINOv3, load_dino
 from flow import draw, euler, guided
 from plumbing import config
 from plumbing.config import field, require
-from plumbing.draw import GRAY, INK, Canvas, chart
 from plumbing.gan import GAN
 from plumbing.lpips import LPIPS
 
@@ -43,7 +41,7 @@ class Config:
     preset: str = field("shapes", "which preset of ae.py and dit.py to time")
     device: str = field("auto", "cuda, cpu, ...; auto takes a GPU if there is one")
     threads: int = field(0, "CPU threads; 0: as many as torch chooses")
-    repeats: int = field(8, "timed repetitions, fewer if they take over 5 seconds")
+    repeats: int = field(8, "timed repetitions, fewer if they take over 3 seconds")
     float32: bool = field(True, "time each row in float32 too")
     goals: bool = field(False, "print the goals for an H200; always done on a GPU")
     growth: bool = field(False, "only measure how a DiT step grows with batch, tokens and size")
@@ -63,7 +61,7 @@ PRESETS = {name: (dict(repeats=2) if name == "debug" else {}) for name in ae.PRE
 def seconds(work, repeats, device):
     """Median seconds of a call of `work` after two warm-up calls; on a GPU by its own clock."""
     times = []
-    while len(times) < 3 or len(times) < repeats + 2 and sum(times[2:]) < 5:
+    while len(times) < 3 or len(times) < repeats + 2 and sum(times[2:]) < 3:
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -139,28 +137,37 @@ class Models:
         self.a, self.d = ae.Config(**ae.PRESETS[c.preset]), dit.Config(**dit.PRESETS[c.preset])
         self.d.check()
         torch.manual_seed(0)
-        name = self.a.encoder
+        name, size = self.a.encoder, self.a.size
         encoder = load_dino("tiny") if name == "tiny" else DINOv3(SIZES[name])
         self.ae = ae.AutoEncoder(self.a, encoder).to(device).train()
-        self.side = self.a.size // self.ae.patch
-        self.uint8 = np.random.default_rng(0).integers(
-            0, 256, (256, 3, self.a.size, self.a.size), np.uint8)
-        # the latest inputs are kept, so that drawing them is not part of a row's time
-        self.images = functools.lru_cache(1)(self.feed)
-        self.latents = functools.lru_cache(1)(self.draw_latents)
+        self.side = size // self.ae.patch
+        larger = size * 9 // 8 if self.a.crop == "random" else size            # as ae.feed has it
+        self.uint8 = np.random.default_rng(0).integers(0, 256, (256, 3, larger, larger), np.uint8)
+        # the latest inputs are kept, so that making them is not part of a row's time
+        self.images, self.latents = map(functools.lru_cache(1), (self.feed, self.draw))
 
     def feed(self, batch):
         """Rows of a uint8 array -> images (B, 3, S, S) on the device, every other one mirrored."""
-        row = torch.arange(batch)
-        return to_float(self.uint8, row % len(self.uint8), row % 2 == 0, self.device)
+        index, images = torch.arange(batch) % len(self.uint8), self.uint8
+        flip = index % 2 == 0
+        if self.a.crop == "random":
+            images = ae.random_crops(images, index, self.a.size, config.generator(0))
+            index = slice(None)
+        return to_float(images, index, flip, self.device)
 
-    def draw_latents(self, batch, side):
+    def draw(self, batch, side):
         """-> latents (B, C, side, side), labels (B,)"""
         return (torch.randn(batch, self.ae.latent_dim, side, side, device=self.device),
                 torch.arange(batch, device=self.device) % 10)
 
     def dit(self, shape):
-        """A DiT of (width, depth, heads)."""
+        """A DiT of (width, depth, heads).  OutOfMemoryError: training it would take half of the
+        computer's memory (weights, average, gradient, two moments), which then may end any process.
+        """
+        need = 20 * 18 * shape[0] ** 2 * shape[1]
+        if self.device.type == "cpu" and need > os.sysconf("SC_PAGE_SIZE") * os.sysconf(
+                "SC_PHYS_PAGES") / 2:
+            raise torch.OutOfMemoryError
         return dit.DiT(self.ae.latent_dim, 10, *shape).to(self.device)
 
 
@@ -206,20 +213,23 @@ def dit_step(m, shape, side):
     return step
 
 
-def without_gradients(m, call):
-    """A step that runs call(images, latents, labels)."""
+def without_gradients(call):
+    """A step that is call(batch)."""
     @torch.no_grad()
     def step(batch, autocast):
-        inputs = m.images(batch), *m.latents(batch, m.side)
         with autocast():
-            call(*inputs)
+            call(batch)
     return step
 
 
 def sampling(m, shape, steps):
     """Noise -> latents, with guidance."""
     model = m.dit(shape).eval()
-    return without_gradients(m, lambda x, z, y: euler(guided(model, y, 10, 2.0), z, steps, 4.0))
+
+    def call(batch):
+        z, y = m.latents(batch, m.side)
+        euler(guided(model, y, 10, 2.0), z, steps, 4.0)
+    return without_gradients(call)
 
 
 def stages(m):
@@ -229,14 +239,15 @@ def stages(m):
     flops = {k: dit_flops(*s[:2], m.side ** 2, m.ae.latent_dim) for k, s in shapes.items()}
     yield "feed", a.batch, lambda: lambda batch, autocast: m.feed(batch), 0
     yield (f"features, {a.encoder}", a.batch,
-           lambda: without_gradients(m, lambda x, z, y: dino(dino.normalize(x))), 0)
+           lambda: without_gradients(lambda batch: dino(dino.normalize(m.images(batch)))), 0)
     yield "AE step", a.batch, lambda: ae_step(m), 0
     for k in shapes if m.c.preset != "debug" else [d.size]:
-        yield f"DiT step, {k}", d.batch, lambda: dit_step(m, shapes[k], m.side), flops[k]
+        yield f"DiT step, {k}", d.batch, lambda k=k: dit_step(m, shapes[k], m.side), flops[k]
     for k in dict.fromkeys([d.size, "XL" if m.c.preset == "imagenette" else d.size]):
-        yield (f"{steps} guided steps, {k}", d.batch, lambda: sampling(m, shapes[k], steps),
+        yield (f"{steps} guided steps, {k}", d.batch, lambda k=k: sampling(m, shapes[k], steps),
                flops[k] / 3 * 2 * steps)               # forward only, with the class and without
-    yield "decoding", a.batch, lambda: without_gradients(m, lambda x, z, y: m.ae.decode(z)), 0
+    yield ("decoding", a.batch,
+           lambda: without_gradients(lambda batch: m.ae.decode(m.latents(batch, m.side)[0])), 0)
 
 
 def dit_flops(dim, depth, tokens, channels):
@@ -258,8 +269,8 @@ COLUMNS = dict(batch=("batch", "{:,}"), images_per_second=("img/s", "{:,.0f}"),
 
 
 def measure(m, name, batch, build, flops, rate, dtype):
-    """-> one row, a dict; with the reason as `not_run` where it does not fit, or where on a CPU a
-    call would take over 10 seconds."""
+    """-> one row, a dict.  `not_run` gives the reason where there is too little memory, or where a
+    call would take over 10 seconds (not on a GPU)."""
     row, gpu = dict(stage=name, batch=batch), m.device.type == "cuda"
     estimate = lambda: 0 if gpu else 3 * batch * flops / rate       # at a third of the matrix rate
     try:
@@ -272,6 +283,7 @@ def measure(m, name, batch, build, flops, rate, dtype):
             row["largest_batch"] = largest_batch(lambda batch: step(batch, m.autocast), batch)
             batch = row["batch"] = min(batch, row["largest_batch"])
             step(batch, m.autocast)                       # frees the inputs of the largest batch
+        gc.collect()                                      # of the row before
         peak_memory(m.device, restart=True)
         took = seconds(lambda: step(batch, m.autocast), m.c.repeats, m.device)
         row.update(images_per_second=batch / took, memory_gb=peak_memory(m.device) / 1e9)
@@ -281,7 +293,7 @@ def measure(m, name, batch, build, flops, rate, dtype):
                 slow = seconds(lambda: step(batch, contextlib.nullcontext), m.c.repeats, m.device)
                 row.update(float32_images_per_second=batch / slow, ratio=slow / took)
     except torch.OutOfMemoryError:
-        return dict(row, not_run="out of memory")
+        return dict(row, not_run="not enough memory")
     return row
 
 
@@ -291,119 +303,6 @@ def text(row):
         return f"{row['stage']:24s}{row['batch']:>10,}   not run: {row['not_run']}"
     cells = [form.format(row[key]) if key in row else "-" for key, (_, form) in COLUMNS.items()]
     return f"{row['stage']:24s}" + "".join(f"{cell:>10s}" for cell in cells)
-
-# ---------------------------------------------------------------- the goals, on one H200
-
-GOALS = [                             # goal, row of --preset imagenette, what to say of it
-    ("DiT-XL step, 256 tokens, batch 256: 55% of the matrix rate, about 610 img/s", "DiT step, XL",
-     "{share:.0%}, {images_per_second:,.0f} img/s at batch {batch}"),
-    ("AE step at 256 px: 3 times as fast as in float32/TF32", "AE step", "{ratio:.1f} times"),
-    ("25 guided steps of DiT-XL: 4 times as fast as in float32/TF32", "25 guided steps, XL",
-     "{ratio:.1f} times")]
-
-
-def goals(m, rows):
-    """-> pairs of text: the goal, and what was measured here."""
-    rows, none = {row["stage"]: row for row in rows}, "not run: no GPU"
-    gpu, pairs = m.device.type == "cuda", []
-    for goal, name, form in GOALS:
-        row = rows.get(name, {}) if m.c.preset == "imagenette" else {}
-        pairs.append((goal, none if not gpu else form.format(**row) if "ratio" in row else
-                      "not run: see --preset imagenette --float32"))
-    xl = rows.get("DiT step, XL", {}) if m.c.preset == "imagenette" and gpu else {}
-    return pairs + [
-        ("DINOv3 features: no slower than transformers, compiled",
-         transformers_ratio(m) if gpu else none),
-        ("the default chain: 90 s", default_chain() if gpu else none),
-        ("80 epochs of ImageNet with DiT-XL, on paper",
-         on_paper(xl["images_per_second"]) if "ratio" in xl else none)]
-
-
-def on_paper(images_per_second, epochs=80):
-    """Hours = epochs * 1,281,167 images / (img/s) / 3600.  Eight GPUs take an eighth if the
-    all-reduce hides behind the backward pass.  512 px, 1,024 tokens, costs more by `dit_flops`."""
-    hours = epochs * 1_281_167 / images_per_second / 3600
-    more = dit_flops(1152, 28, 1024, 392) / dit_flops(1152, 28, 256, 392)
-    return (f"{hours:,.0f} h on one GPU, {hours / 8:,.0f} h on eight; "
-            f"at 512 px {hours * more:,.0f} h and {hours * more / 8:,.0f} h")
-
-
-def transformers_ratio(m, batch=256, size=256):
-    """How many times as fast as transformers' compiled one our vits16plus is."""
-    try:
-        theirs = importlib.import_module("transformers")             # not a dependency
-    except ImportError:
-        return "not run: transformers is not installed"
-    s = SIZES["vits16plus"]
-    model = theirs.DINOv3ViTModel(theirs.DINOv3ViTConfig(
-        hidden_size=s.dim, intermediate_size=s.hidden, num_hidden_layers=s.depth,
-        num_attention_heads=s.heads, num_register_tokens=s.registers, use_gated_mlp=s.swiglu))
-    pixels, took = torch.randn(batch, 3, size, size, device=m.device), []
-    for network in (DINOv3(s).freeze(), model.eval()):
-        network = network.to(m.device) if not took else torch.compile(network.to(m.device))
-        with torch.no_grad(), m.autocast():
-            took.append(seconds(lambda: network(pixels), m.c.repeats, m.device))
-    return f"{took[1] / took[0]:.2f} times as fast, {batch / took[0]:,.0f} img/s"
-
-
-def default_chain():
-    """How long the three default commands take, data and all."""
-    began, root = time.time(), Path(__file__).parents[1]
-    with tempfile.TemporaryDirectory() as folder:
-        for script in ("ae.py", "dit.py", "sample.py"):
-            if subprocess.run([sys.executable, root / script], cwd=folder).returncode:
-                return f"not run: {script} failed"
-    return f"{time.time() - began:.0f} s"
-
-# ---------------------------------------------------------------- growth
-
-
-def exponent(xs, ys):
-    """p of the least-squares fit log y = p log x + constant."""
-    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
-
-
-def growth(m):
-    """-> (axis, values, milliseconds of a DiT step at each)"""
-    dim, depth, heads = m.d.dim, m.d.depth, m.d.heads
-
-    def step(shape=(dim, depth, heads), side=m.side, batch=16, steps=1):
-        one = dit_step(m, shape, side)
-        return 1000 * seconds(lambda: [one(batch, m.autocast) for _ in range(steps)],
-                              m.c.repeats, m.device)
-    by_tokens = (16, 64, 256, 1024), lambda v: step(side=math.isqrt(v), batch=8)
-    axes = dict(steps=((1, 2, 4, 8), lambda v: step(steps=v)),
-                batch=((8, 16, 32, 64, 128), lambda v: step(batch=v)), tokens=by_tokens,
-                width=([dim * k // 2 for k in (1, 2, 4, 8)], lambda v: step((v, depth, heads))),
-                depth=([depth * k for k in (1, 2, 4, 8)], lambda v: step((dim, v, heads))))
-    for axis, (values, at) in axes.items():
-        yield axis, values, [at(v) for v in values]
-    attention, dit.attention = dit.attention, lambda q, k, v: v
-    try:
-        yield "tokens without attention", by_tokens[0], [by_tokens[1](v) for v in by_tokens[0]]
-    finally:
-        dit.attention = attention
-
-
-def save_growth(m, curves):
-    """Write results/growth.tsv and assets/growth.png -> the rows, a list of dicts."""
-    rows = [dict(preset=m.c.preset, device=config.describe(m.device), axis=axis, value=v,
-                 milliseconds=float(f"{t:.4g}"), exponent=round(exponent(values, times), 3))
-            for axis, values, times in curves for v, t in zip(values, times)]
-    lines = "".join("\t".join(map(str, line)) + "\n" for line in [rows[0], *map(dict.values, rows)])
-    config.atomic("results/growth.tsv", lambda path: Path(path).write_text(lines))
-    *curves, (_, _, without) = curves
-    sheet = Canvas(530 * 3, 360 * 2)
-    for i, (axis, values, times) in enumerate(curves):
-        title, series = f"{axis}: exponent {exponent(values, times):.2f}", [("", INK, False, times)]
-        if axis == "tokens":
-            title += f"; {exponent(values, without):.2f} without attention (gray)"
-            series.append(("", GRAY, True, without))
-        panel = chart(title, [(*s, [[t] for t in times]) for *s, times in series], values,
-                      f"{axis}; ms")
-        sheet.paste(panel, 530 * (i % 3), 360 * (i // 3))
-    config.atomic("assets/growth.png", sheet.done().save)
-    return rows
 
 # ---------------------------------------------------------------- the command
 
@@ -415,10 +314,7 @@ def main(argv=None):
     say = (lambda *words: None) if c.json else functools.partial(print, flush=True)
     m, where = Models(c, device, autocast), config.describe(device)
     if c.growth:
-        found = save_growth(m, list(growth(m)))
-        say("exponents: " + ", ".join(f"{k} {p:.2f}" for k, p in
-                                      {row["axis"]: row["exponent"] for row in found}.items()))
-        say("wrote results/growth.tsv and assets/growth.png")
+        found = importlib.import_module("lab.growth").run(m, say)      # both import this file
     else:
         rate, dtype = matrix_rate(device, autocast, c.repeats)
         say(f"preset {c.preset} on {where}; torch {torch.__version__}; matrix products "
@@ -430,7 +326,7 @@ def main(argv=None):
             found["rows"].append(measure(m, *stage, rate, dtype))
             say(text(found["rows"][-1]))
         if c.goals or device.type == "cuda":
-            found["goals"] = dict(goals(m, found["rows"]))
+            found["goals"] = importlib.import_module("lab.goals").goals(m, found["rows"])
             say("\ngoals on one H200" + "".join(f"\n{k}: {v}" for k, v in found["goals"].items()))
     if c.json:
         print(json.dumps(found, indent=1))

@@ -703,7 +703,7 @@ def always_two(model, y, null, scale, t_range=(0.0, 1.0)):
     ("1", dict(draw=unshifted), "N(0, 1)"), ("1", dict(draw=unseeded), "generator"),
     ("2", dict(solver=flow.heun), "middle"), ("2", dict(solver=flow.euler), "8 evaluations"),
     ("2", dict(shown=flow.heun), "--sampler"),
-    ("2", dict(solver=lambda *a: 1 / 0), "test_l_exercises.py"),
+    ("2", dict(solver=lambda *a: 1 / 0), "test_lab.py"),
     ("3", dict(guidance=always_two), "expected"),
     ("4", dict(labels=[0] * 16), "sixteen"),
     ("5", dict(version=1), "VERSION"), ("5", dict(shape=data.SHAPES["arrow"]), "mirror"),
