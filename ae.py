@@ -12,8 +12,9 @@ into pixels (SVG, arXiv 2510.15301, section 3.2 and Figure 5).
 Writes out/<preset>/ae.pt (self-describing) and reconstructions.png (each image beside its
 reconstruction).  Stage 2 caches the latents in the same folder, see `load_latents`.
 """
-import shutil, time
+import contextlib, shutil, time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import load_images, to_float, to_uint8
-from dino import DINOv3, ViTConfig, load_dino, rebuild
+from dino import Block, DINOv3, ViTConfig, load_dino, rebuild
 from metrics import psnr, ssim
-from plumbing import config
+from plumbing import config, muon
 from plumbing.config import UserError, check_training, field, require
 from plumbing.draw import save_grid
 from plumbing.fetch import file_lock
@@ -74,9 +75,10 @@ class Config:
                                 "on VGG16 (paper: lpips)", ("encoder", "lpips"))
     gan: float = field(0.0, "weight of the PatchGAN loss (paper: 0.5)")
     gan_start: int = field(2500, "steps before the discriminator joins (paper: 2,501)")
-    steps: int = field(1500, "optimizer steps")
+    steps: int = field(650, "optimizer steps")
     batch: int = field(32, "images per step, over all ranks together (paper: 512)")
     lr: float = field(1.5e-3, "learning rate (paper: 1e-4)")
+    muon: float = field(0.02, "learning rate of Muon on the decoder's matrices; 0: Adam (paper: 0)")
     warmup: int = field(100, "steps of linear warm-up (paper: 0)")
     decay: bool = field(True, "cosine decay of the learning rate to zero (paper: no)")
     beta1: float = field(0.9, "Adam's beta 1 (paper: 0.5)")
@@ -84,13 +86,16 @@ class Config:
     clip: float = field(1.0, "largest gradient norm; 0: no clipping (paper: 0)")
     seed: int = field(0, "all randomness is a function of (seed, step)")
     device: str = field("auto", "cuda, cpu, ...; auto takes a GPU if there is one")
+    precision: str = field("auto", "of the networks; auto: bf16 where it is fast, fp16 on a GPU "
+                           "without it, else float32", ("auto", *config.PRECISIONS))
+    compile: str = field("auto", "torch.compile the networks; auto: on CUDA", ("auto", "yes", "no"))
     save_every: int = field(300, "steps between checkpoints")
     overwrite: bool = field(False, "start from scratch, replacing what is in --out")
 
     def check(self):
         """ValueError for impossible values, before anything is read or written."""
         check_training(self)
-        for name, least in dict(size=8, images=0, residual_dim=1, vae_dim=1, layer=0, ch=8,
+        for name, least in dict(size=8, images=0, residual_dim=1, muon=0, vae_dim=1, layer=0, ch=8,
                                 enc_dim=32, perceptual=0, gan=0, kl=0, clip=0, noise=0).items():
             require(getattr(self, name) >= least, f"--{name} must be at least {least}")
         require(0 <= self.mask_prob < 1, "--mask_prob must be in [0, 1)")
@@ -110,7 +115,8 @@ PRESETS = {
                        residual_dim=8, enc_dim=384, enc_depth=6, enc_stem=0, ch=128,
                        mult=(1, 1, 2, 2, 4), res_blocks=2, perceptual=1.0, perceptual_net="lpips",
                        gan=0.5, gan_start=2501, steps=20000, batch=32, lr=1e-4, warmup=0,
-                       decay=False, beta1=0.5, beta2=0.9, clip=0.0, save_every=1000),
+                       muon=0.0, decay=False, beta1=0.5, beta2=0.9, clip=0.0,
+                       save_every=1000),
 }
 
 # ---------------------------------------------------------------- the residual and its matching
@@ -127,6 +133,8 @@ class ResidualEncoder(nn.Module):
         self.vit = DINOv3(ViTConfig(dim=c.enc_dim, depth=c.enc_depth, heads=c.enc_dim // 32,
                                     hidden=4 * c.enc_dim, patch=patch, stem=c.enc_stem,
                                     registers=1))
+        # not used here; DistributedDataParallel would wait for its gradient
+        self.vit.mask_token.requires_grad_(False)
         self.head = nn.Sequential(nn.Linear(c.enc_dim, c.enc_dim), nn.GELU(),
                                   nn.Linear(c.enc_dim, out))
 
@@ -167,7 +175,7 @@ class DistributionMatching(nn.Module):
             now = self.measure(r, h)
             # a plain mean at first, an exponential one later
             self.seen += 1
-            self.running.lerp_(now, max(self.momentum, 1 / self.seen.item()))
+            self.running.lerp_(now, (1 / self.seen).clamp(min=self.momentum))
         else:
             now = self.running
         mu_r, sigma_r, mu_h, sigma_h = now
@@ -277,8 +285,8 @@ class AutoEncoder(nn.Module):
             logvar = logvar.clamp(-30, 20)
             kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
             if self.training:
-                noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-                mean = mean + (0.5 * logvar).exp() * noise
+                noise = config.rank_rows(torch.randn, *mean.shape, generator=generator)
+                mean = mean + (0.5 * logvar).exp() * config.send(noise, mean.device)
             return mean, kl
         with torch.no_grad():
             h = self.semantics(self.dino.normalize(images)).float()            # (B, N, D)
@@ -288,8 +296,8 @@ class AutoEncoder(nn.Module):
         if self.training:
             # some samples lose their residual, before the matching, so that the decoder learns to
             # get what it can out of DINO
-            masked = torch.rand(len(r), generator=generator).to(r.device) < self.config.mask_prob
-            r = torch.where(masked[:, None, None], self.mask_token, r)
+            draw = config.rank_rows(torch.rand, len(r), 1, 1, generator=generator)
+            r = torch.where(config.send(draw, r.device) < self.config.mask_prob, self.mask_token, r)
         if self.config.latent == "svg":
             r = self.match(r, h)
         return torch.cat([h, r], -1), kl                                       # (B, N, D + R)
@@ -317,9 +325,11 @@ class AutoEncoder(nn.Module):
         tokens, kl = self.tokens(images, generator)
         if self.training and self.config.noise:
             # sigma |N(0, tau^2)| per image (RAE, section 4.3): sampled latents are never exact
-            draw = lambda *shape: torch.randn(shape, generator=generator).to(tokens.device)
+            draw = lambda *shape: config.send(
+                config.rank_rows(torch.randn, *shape, generator=generator), tokens.device)
             sigma = self.config.noise * draw(len(tokens), 1, 1).abs()
-            tokens = tokens + sigma * tokens.detach().std((0, 1)) * draw(*tokens.shape)
+            std = config.all_rows(tokens.detach()).std((0, 1))
+            tokens = tokens + sigma * std * draw(*tokens.shape)
         return self.decoder(self.grid(tokens, images)).float(), kl
 
     @torch.no_grad()
@@ -386,26 +396,26 @@ def load_latents(ae, folder, device, autocast):
     path, side = Path(folder) / f"latents-{ae.fingerprint}.npy", ae.image_size // ae.patch
     shape = (2, len(images), ae.latent_dim, side, side)
 
-    def write(temporary):
-        cache = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+    def fill(cache):
         for mirrored in (0, 1):
-            for start in range(0, len(images), 500):
+            for start in range(500 * config.rank(), len(images), 500 * config.world()):
                 part = slice(start, start + 500)
                 x = to_float(images, part, torch.tensor(bool(mirrored)), device)
                 with autocast():
                     cache[mirrored, part] = ae.encode(x).cpu().numpy().astype(np.float16)
-        cache.flush()
 
-    with file_lock(path):                                # one rank writes, the others wait
-        if not path.is_file():
+    # of several runs one encodes and the others wait; rank 0 asks for its whole run
+    with file_lock(path) if config.rank() == 0 else contextlib.nullcontext():
+        if config.any_rank(config.rank() == 0 and not path.is_file()):
             for stale in path.parent.glob("latents-*.npy"):
-                stale.unlink()                           # of an autoencoder that was overwritten
+                stale.unlink(missing_ok=True)            # of an autoencoder that was overwritten
             size, free = 2 * np.prod(shape, dtype=float), shutil.disk_usage(path.parent).free
+            config.wait_for_ranks()                      # nothing has been written yet
             if size > free:
                 raise UserError(f"{path}: {size / 1e9:.0f} GB of latents, but only "
                                 f"{free / 1e9:.0f} GB free; use --no-cache, or another disk")
             print(f"encoding {len(images):,} images into {path}, {size / 1e9:.2f} GB")
-            config.atomic(path, write)
+            config.atomic_array(path, shape, np.float16, fill)
     try:
         latents = np.load(path, mmap_mode="r")
         config.require(latents.shape == shape, f"{latents.shape[1]:,} images, not {shape[1]:,}")
@@ -419,7 +429,7 @@ def load_latents(ae, folder, device, autocast):
 
 def train(c):
     """Run or resume stage 1 as its Config says -> the trained AutoEncoder."""
-    device, autocast = config.setup(c.device)
+    device, autocast = config.setup(c.device, precision=c.precision)
     path = Path(c.out) / "ae.pt"
     checkpoint = config.resume(path, "ae", c, "python ae.py")
     batch, images, class_names = feed(c, device)
@@ -427,9 +437,11 @@ def train(c):
     encoder = rebuild(checkpoint["vit"]) if checkpoint else load_dino(c.encoder)
     model = AutoEncoder(c, encoder).to(device).train()
     model.class_names = class_names
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, c.lr, (c.beta1, c.beta2), weight_decay=0.0, fused=True)
-    gan = GAN(c, device, autocast) if c.gan else None
+    trained = [p for name, p in model.named_parameters() if not name.startswith("dino.")]
+    matrices = [p for p in model.decoder.layers.parameters() if p.ndim > 1]
+    optimizer = muon.optimizer(trained, matrices, c.lr, c.muon, (c.beta1, c.beta2))
+    scaler = config.scaler(device, c.precision)
+    gan = GAN(c, device, autocast, scaler) if c.gan else None
     perceptual_distance = lambda y, x: perceptual_loss(model.dino, y, x)
     if c.perceptual and c.perceptual_net == "lpips":
         lpips = load_lpips(device)
@@ -442,20 +454,22 @@ def train(c):
                 vit=vars(model.dino.config), class_names=class_names, fingerprint=fingerprint,
                 **{k: part.state_dict() for k, part in parts.items()}))
 
-    parts = dict(model=model, optimizer=optimizer, **(dict(gan=gan) if gan else {}))
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler, **(dict(gan=gan) if gan else {}))
     if checkpoint:
         for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+            if checkpoint.get(name):                   # the scaler's is empty but in float16
+                part.load_state_dict(checkpoint[name])
     if checkpoint and checkpoint["step"] >= c.steps and checkpoint["fingerprint"]:
         model.fingerprint = checkpoint["fingerprint"]
         return evaluate(c, model, autocast, device)
     announce(c, device, model, len(images))
-    began = time.time()
+    config.compile_parts(model, (Block, Decoder), c.compile, device)
+    network, began = config.parallel(model), time.time()
     loop = config.Loop("ae", c, optimizer, path, save, checkpoint["step"] if checkpoint else 0)
     for step in loop:
         x, g = batch(step)                                             # (B, 3, S, S)
         with autocast():
-            y, kl = model(x, g)
+            y, kl = network(x, g)
             perceptual = perceptual_distance(y, x) if c.perceptual else y.new_zeros(())
         # ---- EDIT HERE for ablations: the loss ----
         l1 = (y - x).abs().mean()
@@ -466,12 +480,13 @@ def train(c):
             loss = loss + gan.generator_loss(y, reconstruction, model.decoder.conv_out.weight)
         # -------------------------------------------
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        config.all_reduce_mean([p.grad for p in trained if p.grad is not None])
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(trained, c.clip or float("inf"))
-        optimizer.step()
+        scaler.step(optimizer)
         if gan and step >= c.gan_start:
             gan.step(x, y)
+        scaler.update()
         loop.log(loss, l1=l1, perceptual=perceptual)
     measure_statistics(model.eval(), images, autocast, device, c.normalize == "scalar")
     model.fingerprint = config.fingerprint(model.state_dict())
@@ -492,7 +507,7 @@ def feed(c, device):
         g = config.generator(c.seed, step)               # all randomness of this step
         index = torch.randint(len(images), (c.batch,), generator=g)
         flip = torch.rand(c.batch, generator=g) < 0.5
-        mine = slice(config.rank(), None, config.world())
+        mine = config.my_rows()
         if c.crop == "random":
             crops = random_crops(larger, index[mine], c.size, g)
             return to_float(crops, slice(None), flip[mine], device), g
@@ -503,7 +518,8 @@ def feed(c, device):
 def random_crops(images, index, size, generator):
     """uint8 images (M, 3, L, L), L > size: a random square (B, 3, size, size) of each row."""
     most = images.shape[-1] - size + 1
-    corner = torch.randint(most, (len(index), 2), generator=generator).tolist()
+    draw = partial(torch.randint, most)
+    corner = config.rank_rows(draw, len(index), 2, generator=generator).tolist()
     return np.stack([images[i, :, y:y + size, x:x + size]
                      for i, (y, x) in zip(index.tolist(), corner)])
 
@@ -512,7 +528,7 @@ def announce(c, device, model, count):
     """What is about to run, in three lines."""
     millions = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M"
     residual = "none" if c.latent == "dino" else millions(model.residual)
-    print(f"stage 1 ({c.latent}) on {config.describe(device)}; {count:,} images of "
+    print(f"stage 1 ({c.latent}) on {config.describe(device, c.precision)}; {count:,} images of "
           f"{len(model.class_names)} classes, {c.size} px\n"
           f"encoder {c.encoder} {millions(model.dino)} frozen, residual {residual}, decoder "
           f"{millions(model.decoder)}; latent of {model.latent_dim} channels\n"
@@ -523,13 +539,14 @@ def announce(c, device, model, count):
 def measure_statistics(model, images, autocast, device, scalar=False, most=20000):
     """Fill `mean` and `std`: per channel over the training images, in eval mode; with `scalar` one
     of each for all channels, which leaves their different scales to the DiT."""
-    first = second = 0.0
-    count = 0
-    for start in range(0, min(most, len(images)), 500):
+    first, second = torch.zeros(2, model.latent_dim, dtype=torch.float64, device=device)
+    count = torch.zeros(1, dtype=torch.float64, device=device)
+    for start in range(500 * config.rank(), min(most, len(images)), 500 * config.world()):
         x = to_float(images, slice(start, start + 500), None, device)
         with autocast():
             z = model.tokens(x)[0].double().flatten(0, 1)                      # (B N, C)
         first, second, count = first + z.sum(0), second + z.square().sum(0), count + len(z)
+    config.all_reduce_mean([first, second, count])
     mean, square = first / count, second / count
     if scalar:
         mean, square = mean.mean().expand_as(mean), square.mean().expand_as(square)

@@ -88,24 +88,30 @@ LINES = 2                      # largest number of stray lines behind the object
 NOISE = 0.02                   # largest standard deviation of the pixel noise
 # -------------------------------------------------------------
 CHUNK = 1000                   # images per random stream
+# what an image is drawn from, besides its class, and the columns of each in `shapes`; the pairs are
+# of the background and of the object
+FACTORS = dict(back=3, front=3, center=2, scale=1, angle=1, gradient=2, texture=2, lines=1, noise=1)
 
 
-def shapes(n, size=32, seed=0, masks=False):
+def shapes(n, size=32, seed=0, masks=False, factors=False):
     """The first `n` images of the stream number `seed`; a longer set begins with a shorter one.
 
     size: side in pixels; the same seed gives the same images at every size, up to the pixel noise.
     -> images uint8 (n, 3, size, size) RGB, labels int64 (n,), class names; with `masks`, also the
-    object's coverage, uint8 (n, size, size), 255 inside.
+    object's coverage, uint8 (n, size, size), 255 inside; with `factors`, also what else was drawn,
+    float32 (n, 16), the columns of FACTORS: RGB in [0, 1], places and scale in units of half the
+    image, radians, and the strengths of what is faint in units of RGB.
     """
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
     labels = torch.empty(n, dtype=torch.int64)
     cover = torch.empty(n, size, size, dtype=torch.uint8)
+    values = torch.empty(n, sum(FACTORS.values()))
     for chunk, start in enumerate(range(0, n, CHUNK)):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + chunk)
         part = slice(start, min(n, start + CHUNK))
-        images[part], labels[part], cover[part] = _render_chunk(size, generator,
-                                                                part.stop - part.start)
-    return (images, labels, SHAPE_NAMES, cover) if masks else (images, labels, SHAPE_NAMES)
+        images[part], labels[part], cover[part], values[part] = _render_chunk(
+            size, generator, part.stop - part.start)
+    return images, labels, SHAPE_NAMES, *([cover] * masks), *([values] * factors)
 
 
 def _render_chunk(size, g, count):
@@ -134,7 +140,8 @@ def _render_chunk(size, g, count):
     mask = (0.5 - distance * scale[:, None] / step).clamp(0, 1)                 # (B, P)
 
     back, front = _two_colors(uniform)
-    background = _surface(back, grid, uniform)                                  # (B, 3, P)
+    background, strengths = _surface(back, grid, uniform)                       # (B, 3, P), (B, 2)
+    lines = torch.zeros(count)
     for _ in range(LINES):
         shown = uniform() < 0.5
         turn = uniform(high=math.pi)
@@ -144,12 +151,17 @@ def _render_chunk(size, g, count):
         line = ((width / 2 - off) / step + 0.5).clamp(0, 1) * (0.75 * shown)[:, None]
         color = (back + uniform(3, low=-0.4, high=0.4)).clamp(0, 1)
         background = background.lerp(color[:, :, None], line[:, None])
-    image = background.lerp(_surface(front, grid, uniform), mask[:, None])
+        lines = lines + shown * (color - back).norm(dim=1)
+    surface, more = _surface(front, grid, uniform)
+    image = background.lerp(surface, mask[:, None])
     # the noise is drawn last because it alone depends on the size
     deviation = uniform(high=NOISE)[:, None, None]
     image = image + deviation * torch.randn(count, 3, size * size, generator=g)
     image, mask = ((x.clamp(0, 1) * 255).round().to(torch.uint8) for x in (image, mask))
-    return image.view(count, 3, size, size), labels, mask.view(count, size, size)
+    faint = torch.stack([strengths, more], -1).flatten(1)           # two gradients, two textures
+    values = torch.cat([back, front, center, torch.stack([scale, angle], -1), faint,
+                        torch.stack([lines, deviation.flatten()], -1)], 1)
+    return image.view(count, 3, size, size), labels, mask.view(count, size, size), values
 
 
 def _two_colors(uniform):
@@ -163,7 +175,8 @@ def _two_colors(uniform):
 
 
 def _surface(color, grid, uniform):
-    """A color (B, 3) with a gradient and, in half of the images, faint stripes or checks."""
+    """A color (B, 3) with a gradient and, in half of the images, faint stripes or checks -> (B, 3,
+    P), and the strengths of gradient and texture (B, 2)."""
     turn = uniform(high=2 * math.pi)
     along = torch.stack([turn.cos(), turn.sin()], -1) @ grid.T               # (B, P) in +-1.4
     shift = uniform(3, low=-0.22, high=0.22)
@@ -174,7 +187,9 @@ def _surface(color, grid, uniform):
     v = torch.stack([-turn.sin(), turn.cos()], -1) @ grid.T * pitch + phase[:, 1:]
     kind = uniform()[:, None]
     wave = torch.where(kind < 0.25, u.sin(), u.sin() * v.sin()) * (kind < 0.5)
-    return surface + (uniform(high=TEXTURE)[:, None] * wave)[:, None]
+    amplitude = uniform(high=TEXTURE)
+    return (surface + (amplitude[:, None] * wave)[:, None],
+            torch.stack([shift.norm(dim=1), amplitude * (kind[:, 0] < 0.5)], -1))
 
 
 # ---------------------------------------------------------------- loading
@@ -223,10 +238,10 @@ def to_float(images, index, flip=None, device="cpu"):
     flip: booleans (B,), or one for all, that say which are mirrored left to right.
     """
     index = index.numpy() if isinstance(index, torch.Tensor) else index
-    x = torch.from_numpy(np.array(images[index])).to(device, non_blocking=True)
+    x = config.send(torch.from_numpy(np.array(images[index])), device)
     x = x.float() / 127.5 - 1
     if flip is not None:
-        x = torch.where(flip.to(device).view(-1, 1, 1, 1), x.flip(-1), x)
+        x = torch.where(config.send(flip, device).view(-1, 1, 1, 1), x.flip(-1), x)
     return x
 
 

@@ -22,7 +22,7 @@ from ae import load_ae, load_latents, load_pictures
 from data import to_float, to_uint8
 from dino import attention
 from flow import auto_shift, draw, euler, flow_loss, guided
-from plumbing import config
+from plumbing import config, muon
 from plumbing.config import UserError, check_training, field, require
 from plumbing.draw import save_grid
 
@@ -48,11 +48,12 @@ class Config:
     sample_shift: str = field("4", "time shift in sampling, same convention (code: 6.67)")
     drop: float = field(0.1, "fraction of labels replaced by 'no class', for guidance (paper: 0.1)")
     # -------------------------------------------
-    steps: int = field(3500, "optimizer steps")
+    steps: int = field(1750, "optimizer steps")
     batch: int = field(64, "latents per step, over all ranks together (paper: 256)")
     micro_batch: int = field(0, "latents at a time, for a small GPU; 0: all. Same gradient")
-    lr: float = field(2e-3, "learning rate (paper: 1e-4)")
-    warmup: int = field(200, "steps of linear warm-up (paper: 0)")
+    lr: float = field(4e-3, "learning rate (paper: 1e-4)")
+    muon: float = field(0.03, "learning rate of Muon, on the blocks' matrices; 0: AdamW (paper: 0)")
+    warmup: int = field(50, "steps of linear warm-up (paper: 0)")
     decay: bool = field(True, "cosine decay of the learning rate to zero (paper: no)")
     beta2: float = field(0.99, "AdamW's beta 2 (paper: 0.999)")
     clip: float = field(1.0, "largest gradient norm; 0: no clipping (paper: 0)")
@@ -61,6 +62,9 @@ class Config:
     preview_every: int = field(1000, "steps between preview images")
     seed: int = field(0, "all randomness is a function of (seed, step)")
     device: str = field("auto", "cuda, cpu, ...; auto takes a GPU if there is one")
+    precision: str = field("auto", "of the network; auto: bf16 where it is fast, fp16 on a GPU "
+                           "without it, else float32", ("auto", *config.PRECISIONS))
+    compile: str = field("auto", "torch.compile the network; auto: on CUDA", ("auto", "yes", "no"))
     save_every: int = field(500, "steps between checkpoints")
     keep: tuple = field((), "steps whose averaged weights are kept as dit_<step>.pt")
     overwrite: bool = field(False, "start from scratch, replacing what is in --out")
@@ -71,7 +75,7 @@ class Config:
         self.dim, self.depth = self.dim or dim, self.depth or depth
         self.heads = self.heads or heads
         check_training(self)
-        for name, least in dict(dim=1, depth=1, heads=1, micro_batch=0, clip=0,
+        for name, least in dict(dim=1, depth=1, heads=1, micro_batch=0, clip=0, muon=0,
                                 preview_every=1).items():
             require(getattr(self, name) >= least, f"--{name} must be at least {least}")
         require(self.dim % self.heads == 0, f"--dim {self.dim} must be a multiple of --heads "
@@ -98,7 +102,7 @@ PRESETS = {
                   preview_every=20),
     # The paper's optimizer and shifts, its size B. Not trained here: no weights, no photographs.
     "imagenette": dict(size="B", shift="2.5", sample_shift="6.67", steps=40000, batch=256,
-                       lr=1e-4, warmup=0, decay=False, beta2=0.999, clip=0.0, ema=0.9999,
+                       lr=1e-4, muon=0.0, warmup=0, decay=False, beta2=0.999, clip=0.0, ema=0.9999,
                        preview_every=2000, save_every=2000),
 }
 
@@ -238,7 +242,7 @@ def check_pair(model, ae):
 
 def train(c):
     """Run or resume stage 2 as its Config says -> the DiT holding the EMA weights."""
-    device, autocast = config.setup(c.device)
+    device, autocast = config.setup(c.device, precision=c.precision)
     out, folder = Path(c.out), Path(c.ae or c.out)
     path = out / "dit.pt"
     ae = load_ae(folder / "ae.pt", device)
@@ -254,12 +258,15 @@ def train(c):
     model = DiT(ae.latent_dim, len(ae.class_names), c.dim, c.depth, c.heads).to(device)
     ema = DiT(ae.latent_dim, len(ae.class_names), c.dim, c.depth, c.heads).to(device).eval()
     ema.load_state_dict(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), c.lr, (0.9, c.beta2), weight_decay=0.0,
-                                  fused=True)
-    parts = dict(model=model, ema=ema, optimizer=optimizer)
+    matrices = [p for block in model.blocks for part in (block.qkv, block.proj, block.mlp)
+                for p in part.parameters() if p.ndim > 1]
+    optimizer = muon.optimizer([*model.parameters()], matrices, c.lr, c.muon, (0.9, c.beta2))
+    scaler = config.scaler(device, c.precision)
+    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     if checkpoint:
         for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+            if checkpoint.get(name):                   # the scaler's is empty but in float16
+                part.load_state_dict(checkpoint[name])
 
     def save(step, path=path, names=tuple(parts)):
         if config.rank() == 0:
@@ -270,21 +277,26 @@ def train(c):
                 **{k: parts[k].state_dict() for k in names}))
 
     announce(c, device, model, ae, count, shift)
+    config.compile_parts(model, Block, c.compile, device)
+    network = config.parallel(model)
     start, began, by_time = checkpoint["step"] if checkpoint else 0, time.time(), LossByTime(device)
     loop, following = config.Loop("dit", c, optimizer, path, save, start), batch(start)
     for step in loop:
         x1, y, noise = following                                   # (B, C, h, w), (B,)
         optimizer.zero_grad(set_to_none=True)
-        losses, t = gradients(model, x1, y, draw(x1, shift, noise), c.micro_batch, autocast)
-        config.all_reduce_mean([p.grad for p in model.parameters()])
-        norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip or float("inf"))
-        optimizer.step()
+        pair = draw(x1.new_empty(c.batch, *x1.shape[1:]), shift, noise)    # for all ranks' rows
+        pair = [part[config.my_rows()] for part in pair]
+        losses, t = gradients(network, x1, y, pair, c.micro_batch, autocast, scaler)
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), c.clip or float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
         with torch.no_grad():
             # the average's memory grows with the run, so that it forgets the random start
             weight = 1 - min(c.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
         by_time.add(losses, t)
-        loop.log(losses, norm, loss=by_time)
+        loop.log(losses, loss=by_time)
         if step + 1 < c.steps:
             following = batch(step + 1)                            # while the device is still busy
         if step + 1 in c.keep:
@@ -292,6 +304,7 @@ def train(c):
         if (step + 1) % c.preview_every == 0:
             preview(out / "preview.png", ema, ae, sample_shift, device, autocast)
     save(c.steps)
+    config.wait_for_ranks()                                        # all read the file below
     preview(out / "preview.png", ema, ae, sample_shift, device, autocast)
     seconds = time.time() - began
     print(f"seconds: {seconds:.0f}\nloss: {by_time}\n"
@@ -312,19 +325,20 @@ def feed(c, ae, folder, device, autocast):
         flip = (torch.rand(c.batch, generator=g) < 0.5).long()
         dropped = torch.rand(c.batch, generator=g) < c.drop
         y = torch.where(dropped, len(ae.class_names), labels[index])
-        mine = slice(config.rank(), None, config.world())
+        mine = config.my_rows()
         if c.cache:
             x1 = torch.from_numpy(latents[flip[mine].numpy(), index[mine].numpy()])
+            x1 = config.send(x1, device)
         else:
             x = to_float(images, index[mine], flip[mine] == 1, device)
             with autocast():
                 x1 = ae.encode(x)
-        noise = config.generator(c.seed + 1_000_000, step * config.world() + config.rank(), device)
-        return x1.to(device, non_blocking=True).float(), y[mine].to(device), noise
+        noise = config.generator(c.seed + 1_000_000, step, device)
+        return x1.float(), config.send(y[mine], device), noise
     return batch, len(labels)
 
 
-def gradients(model, x1, y, pair, micro_batch, autocast):
+def gradients(model, x1, y, pair, micro_batch, autocast, scaler=config.UNSCALED):
     """Add the gradient of the mean loss of x1 (B, ...) to the parameters -> losses (B,), t (B,).
 
     `micro_batch` samples at a time, 0 for all at once: each part is weighted by its size, so that
@@ -332,16 +346,18 @@ def gradients(model, x1, y, pair, micro_batch, autocast):
     B, losses = len(x1), []
     for start in range(0, B, micro_batch or B):
         part = slice(start, start + (micro_batch or B))
+        # the ranks exchange gradients once per step (what DistributedDataParallel.no_sync sets)
+        model.require_backward_grad_sync = part.stop >= B
         with autocast():
             loss, _ = flow_loss(model, x1[part], y[part], pair=(pair[0][part], pair[1][part]))
-        (loss.sum() / B).backward()
+        scaler.scale(loss.sum() / B).backward()
         losses.append(loss.detach())
     return torch.cat(losses), pair[1]
 
 
 class LossByTime:
     """The mean loss since it was last shown, over all t and by quarter of t: the total has a high
-    floor and hardly moves, the quarters do.  Only `str` waits for the device."""
+    floor and hardly moves, the quarters do.  Only `str` waits, for the device and all ranks."""
 
     def __init__(self, device):
         self.bins, self.text = torch.zeros(2, 4, device=device), "-"          # sum and count
@@ -354,7 +370,8 @@ class LossByTime:
 
     def __str__(self):
         if self.bins[1].any():
-            by_quarter = (self.bins[0] / self.bins[1].clamp(min=1)).tolist()
+            config.all_reduce_mean([self.bins])
+            by_quarter = (self.bins[0] / self.bins[1].clamp(min=1e-6)).tolist()
             self.text = (f"{self.bins[0].sum() / self.bins[1].sum():.4f} by quarter of t "
                          + " ".join(f"{v:.3f}" for v in by_quarter))
             self.bins.zero_()
@@ -363,8 +380,8 @@ class LossByTime:
 
 def announce(c, device, model, ae, count, shift):
     """What is about to run, in three lines, and a warning."""
-    print(f"stage 2 on {config.describe(device)}; latents of {count:,} images, {ae.latent_dim} "
-          f"channels ({ae.config.latent}), {len(ae.class_names)} classes\n"
+    print(f"stage 2 on {config.describe(device, c.precision)}; latents of {count:,} images, "
+          f"{ae.latent_dim} channels ({ae.config.latent}), {len(ae.class_names)} classes\n"
           f"DiT {c.size}: width {c.dim}, depth {c.depth}, {c.heads} heads, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; shift {shift:.3g}\n"
           f"{c.steps} steps of {c.batch}; {config.flags(c)}")

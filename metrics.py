@@ -1,15 +1,16 @@
-"""How good is it: the numbers, as pure functions of tensors, and the judge of `shapes`.
+"""How good is it: the numbers, as pure functions of tensors, and the rulers of `shapes`.
 
 Images against images: `psnr`, `ssim`.  Sets of features against each other: `frechet`, `kid`,
 `energy_distance`, `precision_recall`.  Features against labels: `knn`, `linear_probe`.  They use no
 randomness, compute in float64 whatever the precision around them, and raise ValueError for wrong
 shapes or dtypes, NaN, or fewer rows than the formula needs.
 
-The judge is a small CNN trained on the labels of `shapes` by `python -m lab.judge`.  It shares
-nothing with the encoder, so the model under test cannot influence its own score.  The paper's FID
-and rFID (Tables 1 and 3) are `frechet` on Inception features; ours are on the judge's, so the
-numbers compare with each other and not with the paper's.
+`Rulers` scores generated `shapes` by features that share nothing with the encoder, so the model
+under test cannot influence its own score.  The paper's FID and rFID (Tables 1 and 3) are `frechet`
+on Inception features; ours are on other features, so the numbers compare with each other and not
+with the paper's.
 """
+import math
 from pathlib import Path
 
 import torch
@@ -176,7 +177,7 @@ def precision_recall(real, fake, k=3):
     return covered(fake, real), covered(real, fake)
 
 
-# ---- EXERCISE 6: coverage(real, fake, k), and a line for it in `score` ----
+# ---- EXERCISE 6: coverage(real, fake, k), and a line for it in `Rulers` ----
 
 # ---------------------------------------------------------------- features against labels
 
@@ -232,19 +233,7 @@ def linear_classes(train_x, train_y, test_x):
         return F.linear(test, W, bias).argmax(1)
 
 
-def mean_iou(predicted, truth, classes):
-    """Segmentation: int64 (n,) twice, in [0, classes) -> intersection over union, in [0, 1], the
-    mean over the classes that occur in either."""
-    predicted = torch.as_tensor(predicted)
-    truth = _labels(truth, predicted)
-    pairs = torch.bincount(truth * classes + predicted, minlength=classes ** 2)
-    pairs = pairs.view(classes, classes)                                # the confusion matrix
-    both = pairs.diagonal().double()
-    either = pairs.sum(0) + pairs.sum(1) - both
-    return (both / either)[either > 0].mean().item()
-
-
-# ---------------------------------------------------------------- the judge
+# ---------------------------------------------------------------- features of images
 
 JUDGE = Path(__file__).resolve().parent / "weights" / "judge.pt"
 
@@ -252,11 +241,13 @@ JUDGE = Path(__file__).resolve().parent / "weights" / "judge.pt"
 class Judge(nn.Module):
     """A plain CNN that names the shape: three stages of two convolutions, the second of stride 2.
 
-    width: channels of the first stage, d = 4 * width features; size: side of the training images.
-    Images (B, 3, size, size) in [-1, 1] -> logits (B, classes).
+    width: channels of the first stage, d = 4 * width features; size: side of the training images;
+    outputs: the classes, and after them the factors that weights/factors.pt predicts.
+    Images (B, 3, H, W) in [-1, 1] -> logits (B, outputs).  Images of another size are resized to
+    the training images': `shapes` looks the same at every size.
     """
 
-    def __init__(self, width=24, size=32, classes=len(SHAPE_NAMES)):
+    def __init__(self, width=24, size=32, outputs=len(SHAPE_NAMES)):
         super().__init__()
         layers, last = [], 3
         for wide in (width, 2 * width, 4 * width):
@@ -264,10 +255,12 @@ class Judge(nn.Module):
                 layers += [nn.Conv2d(last, wide, 3, stride, 1, bias=False), nn.BatchNorm2d(wide),
                            nn.ReLU()]
                 last = wide
-        self.size, self.body, self.head = size, nn.Sequential(*layers), nn.Linear(last, classes)
+        self.size, self.body, self.head = size, nn.Sequential(*layers), nn.Linear(last, outputs)
 
     def features(self, images):
-        """Images (B, 3, size, size) in [-1, 1] -> (B, d) >= 0: the last stage's spatial mean."""
+        """Images (B, 3, H, W) in [-1, 1] -> (B, d) >= 0: the last stage's spatial mean."""
+        if images.shape[2:] != (self.size, self.size):
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
         return self.body(images).mean((2, 3))
 
     def forward(self, images):
@@ -275,42 +268,86 @@ class Judge(nn.Module):
 
 
 def load_judge(path=JUDGE, device="cpu"):
-    """The trained judge, in eval mode and frozen.  UserError: no such file, or not a judge."""
+    """A trained judge, in eval mode and frozen.  UserError: no such file, or not a judge."""
     checkpoint = load_kind(path, "judge", "python -m lab.judge")
-    judge = Judge(checkpoint["config"]["width"], checkpoint["config"]["size"])
-    judge.load_state_dict(checkpoint["model"])            # strict; half precision on disk
+    weights, c = checkpoint["model"], checkpoint["config"]      # in half precision on disk
+    judge = Judge(c["width"], c["size"], len(weights["head.bias"]))
+    judge.load_state_dict(weights)
     return judge.eval().requires_grad_(False).to(device)
 
 
 @torch.no_grad()
-def judge_images(judge, images, batch=500):
-    """uint8 images (M, 3, H, W) -> features float32 (M, d), classes int64 (M,), both on the CPU.
-
-    Images of another size are resized to the judge's: `shapes` looks the same at every size.
-    """
+def extract(network, images, device="cpu", batch=100):
+    """uint8 images (M, 3, H, W) -> network(the images in [-1, 1]) (M, d) in float32, on the CPU."""
     images = torch.as_tensor(images)
     require(images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3
             and len(images), "images must be uint8 (M, 3, H, W), not "
             f"{images.dtype} {tuple(images.shape)}")
+    with torch.autocast(torch.device(device).type, enabled=False):      # float32, whoever calls
+        return torch.cat([network(x.to(device).float() / 127.5 - 1).cpu()
+                          for x in images.split(batch)])
+
+
+def judge_images(judge, images, batch=100):
+    """uint8 images (M, 3, H, W) -> features float32 (M, d), classes int64 (M,), both on the CPU."""
     require(not judge.training, "the judge is in training mode; call judge.eval()")
-    device, found = judge.head.weight.device, []
-    with torch.autocast(device.type, enabled=False):      # float32, whoever calls
-        for x in images.split(batch):
-            x = x.to(device).float()
-            if x.shape[2:] != (judge.size, judge.size):
-                x = F.interpolate(x, (judge.size, judge.size), mode="bilinear", antialias=True)
-            f = judge.features(x / 127.5 - 1)                                     # (B, d)
-            found.append((f.cpu(), judge.head(f).argmax(1).cpu()))
-    features, classes = map(torch.cat, zip(*found))
-    return features, classes
+    both = lambda x: torch.cat([f := judge.features(x), judge.head(f)], 1)
+    found = extract(both, images, judge.head.weight.device, batch)
+    features, logits = found.tensor_split([judge.head.in_features], 1)
+    return features, logits[:, :len(SHAPE_NAMES)].argmax(1)
 
 
-def score(judge, images, labels, reference_features):
-    """Generated uint8 images (n, 3, H, W), the requested classes (n,), and the features (m, d) of
-    real images from `judge_images` -> dict of n; accuracy in [0, 1], the share recognized as the
-    requested class; frechet and kid, whose floor is the score of real images."""
-    features, classes = judge_images(judge, images)
-    right = classes == _labels(labels, classes)
-    return dict(n=len(right), accuracy=right.double().mean().item(),
-                frechet=frechet(features, reference_features),
-                kid=kid(features, reference_features))
+def random_features(images):
+    """Images (B, 3, H, W) in [-1, 1] -> (B, 384): each channel's mean and standard deviation after
+    each of three stages of a CNN that nobody trained.  They see colors, textures and edges."""
+    g, x, last, found = torch.Generator().manual_seed(0), images, 3, []
+    for wide in (32, 64, 96):
+        weight = torch.randn(wide, last, 3, 3, generator=g) / math.sqrt(9 * last)
+        x = F.leaky_relu(F.conv2d(x, weight.to(x), padding=1), 0.2)
+        x, last = F.avg_pool2d(x, 2), wide
+        found += [x.mean((2, 3)), x.std((2, 3))]
+    return torch.cat(found, 1)
+
+
+def color_grid(images):
+    """Images (B, 3, H, W) -> (B, 48): the mean colors of 4 x 4 squares."""
+    return F.adaptive_avg_pool2d(images, 4).flatten(1)
+
+
+class Rulers:
+    """Scores generated shapes beside `real` ones, uint8 (m, 3, H, W), with m not below n.
+
+    (uint8 images (n, 3, H, W), the requested classes (n,)) -> dict of n and
+    accuracy: the share that the judge recognizes as the requested class;
+    frechet, factors, conv, color: Frechet distances of features, from the judge (which learned to
+    ignore all but the shape), from the same CNN trained to predict every factor, `random_features`
+    divided by their standard deviations on `real`, and `color_grid`;
+    precision, recall, kid: in the same random features, beside the first n of `real`.
+
+    None of them means anything without its floor, the score of real images at equal n.
+    """
+
+    def __init__(self, real, device="cpu"):
+        self.device, self.judge = device, load_judge(device=device)
+        self.predictor = load_judge(JUDGE.with_name("factors.pt"), device)
+        self.mean, self.std = 0, 1
+        self.real, _ = self.features(real)
+        self.std, self.mean = torch.std_mean(self.real["conv"], 0)
+        self.real["conv"] = (self.real["conv"] - self.mean) / self.std
+
+    def features(self, images):
+        """-> dict from the name of a distance to features (n, d), the judge's classes (n,)"""
+        features, classes = judge_images(self.judge, images)
+        conv = extract(random_features, images, self.device)
+        return dict(frechet=features, factors=extract(self.predictor.features, images, self.device),
+                    conv=(conv - self.mean) / self.std,
+                    color=extract(color_grid, images, self.device)), classes
+
+    def __call__(self, images, labels):
+        features, classes = self.features(images)
+        right = classes == _labels(labels, classes)
+        row = dict(n=len(right), accuracy=right.double().mean().item())
+        row.update({name: frechet(x, self.real[name]) for name, x in features.items()})
+        real, fake = self.real["conv"][:len(right)], features["conv"]
+        precision, recall = precision_recall(real, fake)
+        return dict(row, precision=precision, recall=recall, kid=kid(real, fake))

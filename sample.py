@@ -7,7 +7,7 @@
 
 Reads out/<preset>/dit.pt and its autoencoder; writes samples.png, sweep.png and sweep.tsv (the
 paper's Figure 8a and Table 2a), trajectory.gif and samples.npz to the same folder.  Samples of
-`shapes` are scored by the judge of metrics.py, which shares nothing with the encoder.  NFE is the
+`shapes` are scored by the rulers of metrics.py, which share nothing with the encoder.  NFE is the
 number of model evaluations per sample; a guided step costs two.
 
 For editing and interpolation see `python -m lab.edit --help`.
@@ -24,7 +24,7 @@ from ae import load_ae
 from data import load_images, to_float, to_uint8
 from dit import check_pair, check_shift, load_dit, resolve_shift
 from flow import euler, guided, heun
-from metrics import judge_images, load_judge, score
+from metrics import Rulers
 from plumbing import config
 from plumbing.config import UserError, field, require
 from plumbing.draw import grid_image, save_gif, save_grid
@@ -56,6 +56,8 @@ class Config:
     npz: int = field(0, "write this many samples, classes in equal parts, to samples.npz")
     batch: int = field(250, "samples at a time")
     device: str = field("auto", "cuda, cpu, ...; auto uses a GPU when there is one")
+    precision: str = field("auto", "of the networks; auto: bf16 where it is fast, fp16 on a GPU "
+                           "without it, else float32", ("auto", *config.PRECISIONS))
 
     def check(self):
         """ValueError for impossible values."""
@@ -101,13 +103,13 @@ def draw_noise(model, ae, n, seed):
 
 @torch.no_grad()
 def generate(model, ae, labels, steps=10, scale=1.0, shift=None, seed=0, sampler=euler,
-             t_range=(0.0, 1.0), batch=250, callback=None, noise=None):
+             t_range=(0.0, 1.0), batch=250, callback=None, noise=None, precision="auto"):
     """Draw one image per label -> uint8 (B, 3, S, S) on the CPU.
 
     model, ae: from `load`; labels: int64 (B,), `model.classes` means no class; steps, sampler,
     scale, t_range: as in flow.py; shift: of the times, None for the model's own; seed: of the
     noise, unless `noise` (B, C, h, w) is given; batch: samples at a time; callback(start, i, t, x)
-    sees the states of the samples from `start` on.
+    sees the states of the samples from `start` on; precision: of the networks.
 
     Raises ValueError for labels outside 0..classes, UserError if `model` was trained on the latents
     of another autoencoder.
@@ -118,7 +120,7 @@ def generate(model, ae, labels, steps=10, scale=1.0, shift=None, seed=0, sampler
         raise ValueError(f"labels must be in 0..{model.classes}")
     noise = draw_noise(model, ae, len(labels), seed) if noise is None else noise
     shift = shift or getattr(model, "sample_shift", 1.0)
-    device, autocast = config.setup(next(model.parameters()).device)
+    device, autocast = config.setup(next(model.parameters()).device, precision=precision)
     images = []
     for start in range(0, len(labels), batch):
         x, y = (a[start:start + batch].to(device) for a in (noise, labels))
@@ -158,27 +160,29 @@ def balanced_labels(classes, n):
 
 # ---------------------------------------------------------------- scores
 
+# a key of `Rulers` and its name in what is printed
+SCORES = dict(accuracy="accuracy", frechet="frechet", factors="factors_frechet",
+              conv="conv_frechet", color="color_frechet", precision="precision", recall="recall",
+              kid="kid")
+# ---- EXERCISE 6: coverage ----
 
-class Scorer:
-    """Scores samples of `shapes` by the judge: the accuracy for the class that was asked for, and
-    distances of its features to those of 5,000 training images."""
 
-    def __init__(self, ae, device="cpu"):
-        self.ae, self.device, self.judge = ae, device, load_judge(device=device)
+class Scorer(Rulers):
+    """Scores samples of `shapes`, (uint8 (n, 3, S, S), labels (n,)), beside 5,000 training images;
+    and their floors."""
+
+    def __init__(self, ae, device="cpu", precision="auto"):
         train, _, _ = load_images("shapes", ae.image_size)
-        self.reference, _ = judge_images(self.judge, torch.from_numpy(train[:5000].copy()))
-
-    def __call__(self, images, labels):
-        """uint8 (B, 3, S, S), labels (B,) -> dict(n, accuracy, frechet, kid)"""
-        return score(self.judge, images, labels, self.reference)
+        super().__init__(torch.from_numpy(train[:5000].copy()), device)
+        _, self.autocast = config.setup(device, precision=precision)
+        self.ae = ae
 
     def floors(self, n):
         """What perfect samples would score: n held-out images -> their scores after a pass through
         the autoencoder, and without it."""
         held, labels, _ = load_images("shapes", self.ae.image_size, "test")
         held, labels = held[:n], labels[:n]
-        _, autocast = config.setup(self.device)
-        with autocast():
+        with self.autocast():
             decoded = torch.cat([to_uint8(self.ae.decode(self.ae.encode(
                 to_float(held, slice(i, i + 250), None, self.device))))
                 for i in range(0, len(held), 250)])
@@ -190,23 +194,32 @@ class Scorer:
 def main(argv=None):
     """The command line."""
     c = config.parse(Config, PRESETS, argv)
-    device, _ = config.setup(c.device)
+    device, autocast = config.setup(c.device, precision=c.precision)
     model, ae = load(c.out, device)
     out, classes = Path(c.out), choose(c.classes, ae.class_names)
     shift = resolve_shift(c.shift, ae) if c.shift else model.sample_shift
     # ---- EXERCISE 3: a function of t; EXERCISE 11: hand over dit_1000.pt ----
     options = dict(steps=c.steps, scale=c.scale, shift=shift, seed=c.seed, batch=c.batch,
-                   sampler=SAMPLERS[c.sampler], t_range=(c.t_lo, c.t_hi))
+                   sampler=SAMPLERS[c.sampler], t_range=(c.t_lo, c.t_hi), precision=c.precision)
     draw = partial(measure, model, ae, **options)       # labels -> images, seconds, NFE
-    print(f"stage 3 on {config.describe(device)}; DiT of step {model.step}; {c.steps} {c.sampler} "
-          f"steps, guidance {c.scale:g}, shift {shift:g}, seed {c.seed}")
+    print(f"stage 3 on {config.describe(device, c.precision)}; DiT of step {model.step}; {c.steps} "
+          f"{c.sampler} steps, guidance {c.scale:g}, shift {shift:g}, seed {c.seed}")
+    if config.rank() == 0:                              # torchrun's processes share --npz only
+        show(c, draw, ae, classes, device)
+        if c.gif:
+            trajectory(out / "trajectory.gif", draw, ae, classes, c.steps, autocast)
+    if c.npz:
+        write_npz(out / "samples.npz", c, draw, ae, torch.arange(c.npz) % model.classes)
 
-    path = out / "samples.png"
+
+def show(c, draw, ae, classes, device):
+    """samples.png, the scores, and --sweep."""
+    path = Path(c.out) / "samples.png"
     images, _, nfe = draw(torch.tensor(classes).repeat_interleave(c.columns))
     save_grid(path, images, c.columns)
     print(f"wrote {path}: one row per class: "
           + ", ".join(ae.class_names[k] for k in classes) + f"\nnfe: {nfe:g}")
-    scorer = Scorer(ae, device) if c.n and ae.config.data == "shapes" else None
+    scorer = (Scorer(ae, device, c.precision) if c.n and ae.config.data == "shapes" else None)
     if scorer:
         print_scores(c, draw, classes, scorer)
     else:
@@ -214,10 +227,6 @@ def main(argv=None):
                                        if c.n else "--n is 0"))
     if c.sweep:
         sweep(c, draw, classes, scorer)
-    if c.gif:
-        trajectory(out / "trajectory.gif", c, draw, ae, classes)
-    if c.npz:
-        write_npz(out / "samples.npz", c, draw, ae, torch.arange(c.npz) % model.classes)
 
 
 def print_scores(c, draw, classes, scorer):
@@ -226,9 +235,9 @@ def print_scores(c, draw, classes, scorer):
     images, seconds, _ = draw(labels)
     print(f"n: {c.n}\nsamples_per_second: {c.n / seconds:.0f}")
     rows = scorer(images, labels), *scorer.floors(c.n)
-    for name, row in zip(("sample", "decoded_real", "real"), rows):
-        # ---- EXERCISE 6: print the coverage ----
-        print(f"{name}_accuracy: {row['accuracy']:.3f}\n{name}_frechet: {row['frechet']:.2f}")
+    for key, shown in SCORES.items():
+        for name, row in zip(("sample", "decoded_real", "real"), rows):
+            print(f"{name}_{shown}: {row[key]:.3f}")
 
 
 def sweep(c, draw, classes, scorer):
@@ -242,40 +251,48 @@ def sweep(c, draw, classes, scorer):
     if not scorer:
         return
     labels = balanced_labels(classes, c.n)
-    lines = ["steps\tscale\tnfe\taccuracy\tfrechet\tn\tseed\tshift"]
+    lines = ["steps\tscale\tnfe\taccuracy\tfrechet\tconv\trecall\tn\tseed\tshift"]
     for steps in c.sweep:
         for scale in dict.fromkeys((1.0, c.scale)):
             images, _, nfe = draw(labels, steps=steps, scale=scale)
             row = scorer(images, labels)
-            lines.append(f"{steps}\t{scale:g}\t{nfe:g}\t{row['accuracy']:.4f}\t"
-                         f"{row['frechet']:.4f}\t{c.n}\t{c.seed}\t{draw.keywords['shift']:g}")
+            shown = "\t".join(f"{row[k]:.4f}" for k in ("accuracy", "frechet", "conv", "recall"))
+            lines.append(f"{steps}\t{scale:g}\t{nfe:g}\t{shown}\t{c.n}\t{c.seed}\t"
+                         f"{draw.keywords['shift']:g}")
     text = "\n".join(lines) + "\n"
     config.atomic(out / "sweep.tsv", lambda path: Path(path).write_text(text))
     print(f"wrote {out / 'sweep.tsv'}:\n{text.expandtabs(10)}", end="")
 
 
-def trajectory(path, c, draw, ae, classes):
+def trajectory(path, draw, ae, classes, steps, autocast):
     """An animation of the states from noise to image, each decoded as if it were a latent."""
     frames, columns = [], 5
-    _, autocast = config.setup(c.device)
 
     def see(start, i, t, x):
         with autocast():
             frames.append(grid_image(to_uint8(ae.decode(x)), columns))
     labels = torch.tensor(classes).repeat_interleave(columns)
-    draw(labels, steps=max(20, c.steps), batch=len(labels), callback=see)
+    draw(labels, steps=max(20, steps), batch=len(labels), callback=see)
     save_gif(path, frames, [80] * (len(frames) - 1) + [1500])
     print(f"wrote {path}")
 
 
 def write_npz(path, c, draw, ae, labels):
-    """samples.npz in the layout of ADM's evaluator: arr_0 uint8 (n, S, S, 3), arr_1 the labels."""
-    images = np.empty((len(labels), ae.image_size, ae.image_size, 3), np.uint8)
-    for k, start in enumerate(range(0, len(labels), c.batch)):
-        part, _, _ = draw(labels[start:start + c.batch], seed=c.seed + k * 1_000_003)
-        images[start:start + c.batch] = part.permute(0, 2, 3, 1).numpy()
-    config.atomic(path, lambda part: np.savez(part, arr_0=images, arr_1=labels.numpy()))
-    print(f"wrote {path}: uint8 {images.shape}")
+    """samples.npz in the layout of ADM's evaluator: arr_0 uint8 (n, S, S, 3), arr_1 the labels.
+    Under torchrun each process draws every world-th batch; the samples are the same."""
+    array, shape = path.with_suffix(".npy"), (len(labels), ae.image_size, ae.image_size, 3)
+
+    def fill(images):
+        for k in range(config.rank(), -(-len(labels) // c.batch), config.world()):
+            part = slice(k * c.batch, (k + 1) * c.batch)
+            drawn, _, _ = draw(labels[part], seed=c.seed + k * 1_000_003)
+            images[part] = drawn.permute(0, 2, 3, 1).numpy()
+    config.atomic_array(array, shape, np.uint8, fill)
+    if config.rank() == 0:
+        images = np.load(array, mmap_mode="r")
+        config.atomic(path, lambda part: np.savez(part, arr_0=images, arr_1=labels.numpy()))
+        array.unlink()
+    print(f"wrote {path}: uint8 {shape}")
 
 
 if __name__ == "__main__":

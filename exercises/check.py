@@ -84,7 +84,7 @@ class Stub(nn.Module):
 
 STUB_AE = SimpleNamespace(image_size=2, patch=1, latent_dim=3, fingerprint=None, decode=torch.tanh,
                           class_names=list(data.SHAPE_NAMES), config=SimpleNamespace(data="shapes"))
-STUB_SCORES = dict(n=1, accuracy=0.5, frechet=1.0, kid=0.0, coverage=0.753)
+STUB_SCORES = dict.fromkeys(sample.SCORES, 0.5) | dict(n=1, coverage=0.753)
 
 
 def sample_command(model, *flags):
@@ -244,9 +244,9 @@ def exercise_6():
     recall = [metrics.precision_recall(real, f)[1] for f in (fake, wild)]
     cover = [metrics.coverage(real, f) for f in (fake, wild)]
     assert cover[1] - cover[0] < 0.05, f"outliers raise it from {cover[0]:.2f} to {cover[1]:.2f}"
-    judge, (images, labels, _) = metrics.load_judge(), data.shapes(200, 32, 0)
-    scores = metrics.score(judge, images, labels, metrics.judge_images(judge, images)[0])
-    assert 0 <= scores.get("coverage", -1) <= 1, "metrics.score must return it as `coverage`"
+    images, labels, _ = data.shapes(200, 32, 0)
+    scores = metrics.Rulers(images)(images, labels)
+    assert 0 <= scores.get("coverage", -1) <= 1, "metrics.Rulers must return it as `coverage`"
     printed = sample_command(Stub(lambda y: 0), "--n", "10")
     assert ".75" in printed, "sample.py must print it"
     return (f"four outliers take recall from {recall[0]:.2f} to {recall[1]:.2f}, coverage from "

@@ -27,7 +27,7 @@ import ae, dit, sample
 from data import to_float
 from dino import SIZES, DINOv3, load_dino
 from flow import draw, euler, guided
-from plumbing import config
+from plumbing import config, muon
 from plumbing.config import field, require
 from plumbing.gan import GAN
 from plumbing.lpips import LPIPS
@@ -175,7 +175,8 @@ def ae_step(m):
     """A training step of stage 1 with its preset's losses, as in ae.train."""
     a, model, g = m.a, m.ae, config.generator(0)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, a.lr, (a.beta1, a.beta2), weight_decay=0.0, fused=True)
+    matrices = [p for p in model.decoder.layers.parameters() if p.ndim > 1]
+    optimizer = muon.optimizer(trained, matrices, a.lr, a.muon, (a.beta1, a.beta2))
     gan = GAN(a, m.device, m.autocast) if a.gan else None
     lpips = LPIPS().to(m.device) if a.perceptual_net == "lpips" else None
 
@@ -200,7 +201,9 @@ def ae_step(m):
 def dit_step(m, shape, side):
     """A training step of stage 2 for a DiT of (width, depth, heads), as in dit.train."""
     model, ema = m.dit(shape), m.dit(shape).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), m.d.lr, weight_decay=0.0, fused=True)
+    matrices = [p for block in model.blocks for part in (block.qkv, block.proj, block.mlp)
+                for p in part.parameters() if p.ndim > 1]
+    optimizer = muon.optimizer([*model.parameters()], matrices, m.d.lr, m.d.muon, (0.9, m.d.beta2))
 
     def step(batch, autocast):
         z, y = m.latents(batch, side)
@@ -241,13 +244,14 @@ def stages(m):
     yield (f"features, {a.encoder}", a.batch,
            lambda: without_gradients(lambda batch: dino(dino.normalize(m.images(batch)))), 0)
     yield "AE step", a.batch, lambda: ae_step(m), 0
-    for k in shapes if m.c.preset != "debug" else [d.size]:
-        yield f"DiT step, {k}", d.batch, lambda k=k: dit_step(m, shapes[k], m.side), flops[k]
+    yield ("decoding", a.batch,
+           lambda: without_gradients(lambda batch: m.ae.decode(m.latents(batch, m.side)[0])), 0)
     for k in dict.fromkeys([d.size, "XL" if m.c.preset == "imagenette" else d.size]):
         yield (f"{steps} guided steps, {k}", d.batch, lambda k=k: sampling(m, shapes[k], steps),
                flops[k] / 3 * 2 * steps)               # forward only, with the class and without
-    yield ("decoding", a.batch,
-           lambda: without_gradients(lambda batch: m.ae.decode(m.latents(batch, m.side)[0])), 0)
+    # the largest last: on a CPU the allocator keeps what it once had
+    for k in shapes if m.c.preset != "debug" else [d.size]:
+        yield f"DiT step, {k}", d.batch, lambda k=k: dit_step(m, shapes[k], m.side), flops[k]
 
 
 def dit_flops(dim, depth, tokens, channels):
@@ -273,6 +277,7 @@ def measure(m, name, batch, build, flops, rate, dtype):
     call would take over 10 seconds (not on a GPU)."""
     row, gpu = dict(stage=name, batch=batch), m.device.type == "cuda"
     estimate = lambda: 0 if gpu else 3 * batch * flops / rate       # at a third of the matrix rate
+    gc.collect()                                          # frees the row before
     try:
         if estimate() <= 10:
             step = build()
@@ -283,7 +288,6 @@ def measure(m, name, batch, build, flops, rate, dtype):
             row["largest_batch"] = largest_batch(lambda batch: step(batch, m.autocast), batch)
             batch = row["batch"] = min(batch, row["largest_batch"])
             step(batch, m.autocast)                       # frees the inputs of the largest batch
-        gc.collect()                                      # of the row before
         peak_memory(m.device, restart=True)
         took = seconds(lambda: step(batch, m.autocast), m.c.repeats, m.device)
         row.update(images_per_second=batch / took, memory_gb=peak_memory(m.device) / 1e9)

@@ -9,7 +9,7 @@
 An experiment trains what it needs in out/evidence/<preset>/, by the commands that it prints, takes
 its measurements and adds them as rows to results/*.tsv.  Whatever is there already is skipped, so a
 killed run resumes with the same command.  `python -m lab.report` writes RESULTS.md from the rows.
-Samples are scored by the judge of metrics.py, a CNN that shares nothing with the encoder.
+Samples are scored by the rulers of metrics.py, which share nothing with the encoder.
 """
 import functools, itertools, shlex, sys, time
 from dataclasses import dataclass
@@ -18,15 +18,16 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import ae, dit, sample
 from ae import load_ae, load_latents, load_pictures, measure_statistics
-from data import load_images, shapes, to_float, to_uint8
+from data import FACTORS, load_images, shapes, to_float, to_uint8
 from dino import load_dino
 from dit import DiT, load_dit, resolve_shift
 from flow import euler, flow_loss, guided
 from lab import edit, pretrain
-from metrics import knn, linear_classes, linear_probe, mean_iou, psnr, ssim
+from metrics import knn, linear_classes, linear_probe, psnr, ssim
 from plumbing import config
 from plumbing.config import UserError, field, require
 from plumbing.fetch import file_lock
@@ -58,10 +59,11 @@ PRETRAINING = "--steps 800 --keep 0,100,200,300,400,600"
 PRESETS = {
     # One core of an AMD EPYC: stage 1 2.5 min, stage 2 1.4 min. 10 steps, guidance 1, three seeds:
     # accuracy .567, Frechet 4.62 (SVG); .220, 7.71 (VAE).
-    "small": dict(ae="--ch 16 --steps 900", pretrain=PRETRAINING, encoders=(0, 300, 600),
-                  dit="--dim 144 --depth 4 --heads 4 --steps 1000", kept=(125, 250, 500, 1000)),
+    "small": dict(ae="--ch 16 --steps 900 --muon 0", pretrain=PRETRAINING, encoders=(0, 300, 600),
+                  dit="--dim 144 --depth 4 --heads 4 --steps 1000 --lr 2e-3 --muon 0 --warmup 200",
+                  kept=(125, 250, 500, 1000)),
     # The default sizes of ae.py and dit.py; not run here.
-    "full": dict(pretrain=PRETRAINING, encoders=(0, 300, 600), kept=(250, 500, 1000, 2000, 3500)),
+    "full": dict(pretrain=PRETRAINING, encoders=(0, 300, 600), kept=(250, 500, 1000, 1750)),
     "debug": dict(ae="--preset debug", dit="--preset debug", seeds=(0,), n=40, kept=(10, 20),
                   pretrain="--preset debug --keep 0,10", encoders=(0, 10)),
 }
@@ -95,11 +97,19 @@ STEPS = (1, 2, 3, 5, 10, 25, 50)
 PAIR, FOUR = ("svg", "vae"), ("svg", "dino", "unaligned", "vae")
 SCALARS = ("svg_scalar", "unaligned_scalar", "dino_scalar", "unaligned_loud")
 EVERY = ("encoder*", "svg")               # every encoder of --encoders, then the one that ships
+CHANGES = ("untouched", "permuted", "recolored", "ten", "three", "blurred")
 
 EXPERIMENTS = {
+    "rulers": Experiment(
+        "new: what each ruler sees, by changes of held-out images", dict(rulers=CHANGES)),
     "steps": Experiment(
         "Figure 8a, Table 2a: few Euler steps, with and without guidance, SVG against VAE",
-        dict(generation=PAIR), settings=tuple(itertools.product(STEPS, (1.0, 2.0)))),
+        dict(generation=PAIR, latents=PAIR + ("pixels",)),
+        settings=tuple(itertools.product(STEPS, (1.0, 2.0)))),
+    "default": Experiment(
+        "the headline, with --preset full: what the default's own budget gives, SVG against VAE",
+        dict(generation=PAIR, latents=PAIR + ("pixels",)),
+        settings=((1, 1.0), (3, 1.0), (3, 2.0), (10, 1.0), (10, 2.0))),
     "training": Experiment(
         "Figure 1: the same along training",
         dict(generation=PAIR), settings=((10, 1.0), (10, 2.0)), kept=True),
@@ -186,13 +196,17 @@ class Table:
         return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
+SCORES = "accuracy frechet factors conv color precision recall kid"       # of metrics.Rulers
+
+
 def tables(folder):
     """-> all of them, by name."""
     layout = dict(
-        latents=("preset latent seed", "channels psnr ssim decoded_accuracy decoded_frechet "
-                 "knn linear knn_flat linear_flat"),
+        rulers=("preset change seed", f"n {SCORES}"),
+        latents=("preset latent seed", "channels psnr ssim knn linear knn_flat linear_flat "
+                 f"decoded_{SCORES.replace(' ', ' decoded_')}"),
         dense=("preset latent seed", "tokens miou accuracy"),
-        generation=("preset latent dit seed trained steps scale shift", "n accuracy frechet"),
+        generation=("preset latent dit seed trained steps scale shift", f"n {SCORES}"),
         paths=("preset latent dit seed", "n consistency straightness error1 error2 error5"),
         encoders=("preset step", "knn linear"),
         width=("latent channels width seed", "parameters loss"),
@@ -217,7 +231,8 @@ def rows(c, name):
         if latents[0] == "encoder*":
             latents = [*(f"encoder{step}" for step in c.encoders), *latents[1:]]
         for latent, axes in itertools.product(latents, more):
-            key = dict(axes, preset=c.preset, latent=latent, channels=CHANNELS.get(latent),
+            key = dict(axes, preset=c.preset, latent=latent, change=latent,
+                       channels=CHANNELS.get(latent),
                        seed=0 if latent == "pixels" else seed,        # nothing is random in them
                        step="shipped" if latent == "svg" else latent.removeprefix("encoder"))
             yield table, {k: key[k] for k in layout[table].keys}
@@ -308,8 +323,14 @@ def stage2(c, latent, kind, seed):
 
 @functools.cache
 def scorer():
-    """The judge and its view of the real images, once per process."""
+    """The rulers and their view of the real images, once per process."""
     return sample.Scorer(SimpleNamespace(image_size=32), "cpu")
+
+
+def scores(images, labels):
+    """uint8 (n, 3, S, S), labels (n,) -> dict of n and SCORES"""
+    found = scorer()(images, labels)
+    return {name: found[name] for name in ("n", *SCORES.split())}
 
 
 def encode_all(model, images):
@@ -335,6 +356,27 @@ def latents_of(c, latent, seed):
     return lambda images: encode_all(model, images)
 
 
+def measure_rulers(c, change, seed):
+    """The scores of real images, from a stream of their own, of which something is changed."""
+    images, y, _, cover, factors = shapes(c.n, 32, 10 + seed, masks=True, factors=True)
+    if change in ("ten", "three"):                     # images of each class, over and over again
+        few = torch.cat([(y == k).nonzero()[:10 if change == "ten" else 3, 0] for k in y.unique()])
+        few = few.repeat(-(-c.n // len(few)))[:c.n]
+        images, y = images[few], y[few]
+    x = images / 255
+    if change == "permuted":                           # red, green and blue, anew in each image
+        channels = torch.rand(c.n, 3, generator=config.generator(seed)).argsort(1)
+        x = x[torch.arange(c.n)[:, None], channels]
+    elif change == "recolored":                        # red on gray; gradients and textures stay
+        back, front = factors.split(list(FACTORS.values()), 1)[:2]
+        to_gray, to_red = 0.5 - back, torch.tensor([0.8, 0.2, 0.2]) - front           # (n, 3)
+        x = x + to_gray[..., None, None].lerp(to_red[..., None, None], cover[:, None] / 255)
+    elif change == "blurred":
+        for _ in range(2):
+            x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    return scores(to_uint8(2 * x - 1), y)
+
+
 def measure_latents(c, latent, seed):
     """Reconstruction, and how well the latents tell the classes apart."""
     x, y, _ = shapes(2000 if c.preset == "debug" else 5000, 32, seed=4)
@@ -342,20 +384,31 @@ def measure_latents(c, latent, seed):
     held, labels = held[:2000].copy(), labels[:2000]
     encode = latents_of(c, latent, seed)
     a, b = encode(x.numpy()), encode(held)
-    row = dict(channels=a.shape[1], psnr="-", ssim="-", decoded_accuracy="-", decoded_frechet="-")
+    row, back = dict(channels=a.shape[1], psnr="-", ssim="-"), torch.from_numpy(held[:1000])
     if latent != "pixels":
         model, real = load_ae(stage1(c, latent, seed) / "ae.pt"), to_float(held, slice(0, 1000))
         _, autocast = config.setup("cpu")
         with autocast():
             back = torch.cat([model.decode(z) for z in b[:1000].split(250)])
-        found = scorer()(to_uint8(back), labels[:1000])
-        row.update(psnr=psnr(real, back).mean().item(), ssim=ssim(real, back).mean().item(),
-                   decoded_accuracy=found["accuracy"], decoded_frechet=found["frechet"])
+        row.update(psnr=psnr(real, back).mean().item(), ssim=ssim(real, back).mean().item())
+        back = to_uint8(back)
+    found = scores(back, labels[:1000])
+    row.update({f"decoded_{name}": found[name] for name in SCORES.split()})
     flat, pooled = (a.flatten(1), b.flatten(1)), (a.mean((2, 3)), b.mean((2, 3)))
     for name, (train, test) in (("", pooled), ("_flat", flat)):
         row["knn" + name] = knn(train, y, test, labels)
         row["linear" + name] = linear_probe(train, y, test, labels)
     return row
+
+
+def mean_iou(predicted, truth, classes):
+    """Segmentation: int64 (n,) twice, in [0, classes) -> intersection over union, in [0, 1], the
+    mean over the classes that occur in either."""
+    pairs = torch.bincount(truth * classes + predicted, minlength=classes ** 2)
+    pairs = pairs.view(classes, classes)                                # the confusion matrix
+    both = pairs.diagonal().double()
+    either = pairs.sum(0) + pairs.sum(1) - both
+    return (both / either)[either > 0].mean().item()
 
 
 def measure_dense(c, latent, seed):
@@ -365,7 +418,7 @@ def measure_dense(c, latent, seed):
     for stream in (4, 5):                                          # to learn from, to measure on
         images, y, _, mask = shapes(1000, 32, seed=stream, masks=True)
         z = encode(images.numpy())
-        cover = torch.nn.functional.adaptive_avg_pool2d(mask[:, None].float() / 255, z.shape[-1])
+        cover = F.adaptive_avg_pool2d(mask[:, None].float() / 255, z.shape[-1])
         truth = torch.where(cover[:, 0] >= 0.5, y[:, None, None] + 1, 0)              # (n, h, w)
         parts += [z.permute(0, 2, 3, 1).flatten(0, 2), truth.flatten()]               # (n N, C)
     x, y, xt, yt = parts
@@ -375,16 +428,14 @@ def measure_dense(c, latent, seed):
 
 
 def measure_generation(c, latent, dit, seed, trained, steps, scale, shift):
-    """Samples of a trained pair, scored by the judge."""
+    """Samples of a trained pair, scored."""
     folder = stage2(c, latent, dit, seed)
     model, decoder = sample.load(folder, "cpu")
     if trained != model.step:
         model = load_dit(folder / f"dit_{trained}.pt")
     labels = sample.balanced_labels(list(range(model.classes)), c.n)
     shift = None if shift == "-" else resolve_shift(shift, decoder)
-    images = sample.generate(model, decoder, labels, steps, scale, shift, seed)
-    found = scorer()(images, labels)
-    return dict(n=c.n, accuracy=found["accuracy"], frechet=found["frechet"])
+    return scores(sample.generate(model, decoder, labels, steps, scale, shift, seed), labels)
 
 
 def measure_paths(c, latent, dit, seed, fine=50):
@@ -411,7 +462,7 @@ def measure_paths(c, latent, dit, seed, fine=50):
         x1 = euler(velocity, x0, fine, model.sample_shift, callback)
         rough = {k: euler(velocity, x0, k, model.sample_shift) for k in (1, 2, 5)}
     moved = (x1 - x0).flatten(1)
-    unit = torch.nn.functional.normalize(moved, dim=1).view(model.classes, each, -1)
+    unit = F.normalize(moved, dim=1).view(model.classes, each, -1)
     return dict(n=len(y), consistency=unit.mean(1).norm(dim=1).mean().item(),
                 straightness=(moved.norm(dim=1) / length).mean().item(),
                 **{f"error{k}": (x - x1).square().mean().sqrt().item() for k, x in rough.items()})
@@ -458,9 +509,9 @@ def measure_editing(c, latent, seed):
                 psnr_outside_to_plain=found["edit_vs_reconstruction_psnr_outside_db"])
 
 
-MEASURES = dict(latents=measure_latents, dense=measure_dense, generation=measure_generation,
-                paths=measure_paths, encoders=measure_encoders, width=measure_width,
-                editing=measure_editing)
+MEASURES = dict(rulers=measure_rulers, latents=measure_latents, dense=measure_dense,
+                generation=measure_generation, paths=measure_paths, encoders=measure_encoders,
+                width=measure_width, editing=measure_editing)
 
 
 def main(argv=None):

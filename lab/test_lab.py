@@ -119,6 +119,18 @@ def test_the_default_command_leaves_the_shipped_judge_alone(tmp_path):
     assert metrics.JUDGE.stat().st_mtime_ns == before and not list(tmp_path.iterdir())
 
 
+def test_the_network_of_all_factors_is_trained_like_the_judge(tmp_path, capsys):
+    judge.main(["--preset", "debug", "--factors", "--out", str(tmp_path), "--device", "cpu"])
+    network = metrics.load_judge(tmp_path / "factors.pt")
+    assert network.head.out_features == 10 + sum(data.FACTORS.values())
+    shown = capsys.readouterr().out
+    assert all(f"error_{name}: " in shown for name in data.FACTORS)
+    found, labels, targets = torch.randn(8, 26), torch.arange(8), torch.randn(8, 16)
+    alone = judge.loss_of(found[:, :10], labels, targets)
+    both = judge.loss_of(found, labels, targets)
+    assert torch.allclose(both - alone, 3 * (found[:, 10:] - targets).square().mean(), atol=1e-5)
+
+
 def test_augmented_images_are_repeatable_and_in_range():
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     a, b = (judge.augment(images, config.generator(3)) for _ in range(2))
@@ -327,6 +339,31 @@ def test_every_job_measures_what_its_row_says(monkeypatch, tmp_path):
     assert not seen                                               # nothing new
 
 
+def test_mean_iou_of_a_small_case():
+    # two of three tokens of class 1 found, one taken for class 0: 2/3 and 2/3; class 2 is nowhere
+    found, truth = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 1, 1])
+    assert evidence.mean_iou(found, truth, 3) == pytest.approx(2 / 3)
+    assert evidence.mean_iou(truth, truth, 3) == 1
+
+
+def test_the_changes_of_the_rulers(measured, monkeypatch):
+    monkeypatch.chdir(measured)
+    shown, c = {}, evidence_config("--preset", "debug", "--n", 100)
+    for change in evidence.CHANGES:
+        monkeypatch.setattr(evidence, "scores", lambda *a, change=change: shown.update({change: a}))
+        evidence.measure_rulers(c, change, 0)
+    x, y = shown["untouched"]
+    assert torch.equal(x, data.shapes(100, 32, 10)[0])
+    assert len(shown["three"][0].unique(dim=0)) == 30 and len(shown["three"][1]) == 100
+    again = shown["permuted"][0]
+    assert torch.equal(again.sort(1).values, x.sort(1).values) and not torch.equal(again, x)
+    cover = data.shapes(100, 32, 10, masks=True)[3][:, None].expand(-1, 3, -1, -1)
+    red = (shown["recolored"][0].double() * (cover == 255)).sum((2, 3)) / (cover == 255).sum((2, 3))
+    assert (red.median(0).values / 255 - torch.tensor([0.8, 0.2, 0.2])).abs().max() < 0.03
+    assert torch.allclose(shown["blurred"][0][..., 2:-2, 2:-2].double().mean(),
+                          x[..., 2:-2, 2:-2].double().mean(), atol=1)
+
+
 def test_other_statistics_of_the_same_autoencoder(measured, monkeypatch):
     monkeypatch.chdir(measured)
     c = evidence_config("--preset", "debug")
@@ -363,7 +400,8 @@ def test_report_numbers(tmp_path):
     for latent, base in (("svg", 1.0), ("vae", 4.0)):
         for seed in (0, 1, 2):
             table.add(preset="small", latent=latent, dit="base", seed=seed, trained=10, steps=10,
-                      scale=1.0, shift="-", n=50, accuracy=0.5, frechet=base + seed)
+                      scale=1.0, shift="-", n=50, **dict.fromkeys(evidence.SCORES.split(), "-")
+                      | dict(accuracy=0.5, frechet=base + seed))
     N = report.Numbers(tmp_path, "small")
     assert N.cell("generation", "frechet", 2, latent="svg") == "2.00 ± 1.00"
     assert N.cell("generation", "accuracy", 3, latent="svg") == ".500 ± .000"
@@ -372,6 +410,19 @@ def test_report_numbers(tmp_path):
     assert "| 10 | 1 | .500 ± .000 | .500 ± .000 | 2.00 ± 1.00 | 5.00 ± 1.00 |" in text
     assert "seeds 0, 1, 2; n = 50" in text and "| 25 | 1 |" not in text
     assert "## Few steps" in text and "## Guidance" not in text and "## Editing" not in text
+    assert "## The default" not in text
+    table.add(preset="full", latent="vae", dit="base", seed=0, trained=20, steps=3, scale=1.0,
+              shift="-", n=50, **dict.fromkeys(evidence.SCORES.split(), 0.25))
+    evidence.tables(tmp_path)["latents"].add(
+        preset="full", latent="pixels", seed=0,
+        **dict.fromkeys(evidence.tables(tmp_path)["latents"].columns[3:], 0.5))
+    N = report.Numbers(tmp_path, "small")
+    assert "| VAE | 3 | 1 | 0.2 | .250 | 0.25 | .250 | 0.25 | 0.25 | .250 | .250 | - |" in \
+        report.results(N) and "lab.evidence steps --preset full" in report.results(N)
+    assert N.cell("generation", "frechet", 2, latent="svg") == "2.00 ± 1.00"
+    assert report.headline(N).splitlines()[2:] == [
+        "| VAE | 3 | 1 | 0.2 | .250 | 0.25 | .250 |",
+        "| held-out images | | | 0.5 | .500 | 0.50 | .500 |"]
     text = "a\n<!-- headline -->\nold\n<!-- /headline -->\nb"
     assert report.fill(text, "headline", "new") == text.replace("old", "new")
     assert report.fill("none", "headline", "new") == "none"
@@ -554,8 +605,8 @@ class ChannelMatching(ae.DistributionMatching):
         return (r - now[:16]) / (now[16:32] + 1e-6) * now[-1] + now[-2]
 
 
-plain_guided, plain_generate, plain_score = flow.guided, sample.generate, metrics.score
-plain_scores, plain_attention = sample.print_scores, dit.attention
+plain_guided, plain_generate, plain_rulers = flow.guided, sample.generate, metrics.Rulers.__call__
+plain_attention = dit.attention
 
 
 class ExerciseSolver:
@@ -590,16 +641,13 @@ class ExerciseSolver:
         self.set(data, SHAPE_NAMES=tuple(data.SHAPES), VERSION=version)
 
     def solve_6(self, measure=coverage, print_too=True):
-        def score(judge, images, labels, reference):
-            return dict(plain_score(judge, images, labels, reference),
-                        coverage=measure(reference, metrics.judge_images(judge, images)[0]))
-
-        def print_scores(*args):
-            plain_scores(*args)
-            print(f"sample_coverage: {args[-1](None, None)['coverage']:.2f}")
-        self.set(metrics, coverage=measure, score=score)
+        def score(rulers, images, labels):
+            return dict(plain_rulers(rulers, images, labels),
+                        coverage=measure(rulers.real["conv"], rulers.features(images)[0]["conv"]))
+        self.set(metrics, coverage=measure)
+        self.monkeypatch.setattr(metrics.Rulers, "__call__", score)
         if print_too:
-            self.set(sample, print_scores=print_scores)
+            self.monkeypatch.setitem(sample.SCORES, "coverage", "coverage")
 
     def solve_7(self, exponent=0.5, steps=300):
         """Two runs whose decoders leave errors of Laplace and of another distribution."""

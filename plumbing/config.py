@@ -3,12 +3,14 @@
 Nothing here knows about images, latents or models.  A stage declares its flags as the fields of one
 dataclass; `field(default, "help")` gives a flag its sentence in `--help`.
 """
-import argparse, contextlib, dataclasses, hashlib, math, os, signal, sys
+import argparse, contextlib, dataclasses, functools, hashlib, math, os, signal, sys, time, warnings
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 VERSION = 2                                           # of the checkpoint layout
@@ -99,6 +101,9 @@ def check_training(config):
         require(getattr(config, name) >= 1, f"--{name} must be at least 1")
     require(config.lr > 0, "--lr must be positive")
     require(config.seed >= 0, "--seed must not be negative")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))               # torchrun's
+    require(config.batch % ranks == 0, f"--batch {config.batch} must be a multiple of the number "
+            f"of processes, {ranks}")
 
 
 def plain(config):
@@ -118,6 +123,9 @@ def one_line_errors():
     """Wraps a script's main: what a user can cause ends in one line and a non-zero exit."""
     try:
         yield
+        if dist.is_initialized():
+            wait_for_ranks()                              # rank 0 may still be writing
+            dist.destroy_process_group()
     except UserError as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
@@ -133,20 +141,22 @@ def one_line_errors():
 # ---------------------------------------------------------------- device, precision, randomness
 
 
-def setup(name="auto", threads=0):
+PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16, float32=torch.float32)
+# for code that takes a gradient scaler, but is to run without one
+UNSCALED = torch.amp.GradScaler(enabled=False)
+
+
+def setup(name="auto", threads=0, precision="auto"):
     """-> (device, context factory for the network's forward pass), best available unless named.
 
-    The network runs in bfloat16 where the device multiplies it fast; the parameters, the loss and
+    precision: of the network's products, see `precision_of`; the parameters, the loss and
     everything that accumulates stay float32.  Denormal floats are flushed to zero: they make a CPU
     a hundred times slower and carry no information.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():       # started by torchrun
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
-        if name == "cuda":
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(name)
+        name = join_ranks(name)
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()               # `meta` exists but holds no values
@@ -154,14 +164,67 @@ def setup(name="auto", threads=0):
         raise UserError(f"--device {name}: this machine has no such device; "
                         "try --device cpu, or omit the flag") from None
     torch.set_flush_denormal(True)
+    if not threads and "OMP_NUM_THREADS" not in os.environ:
+        threads = min(torch.get_num_threads(), free_cores())
     if threads:
         torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    dtype = precision_of(device, precision)
+    return device, lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def precision_of(device, name="auto"):
+    """bf16, fp16 or float32 -> dtype; auto: bfloat16 where the device multiplies it fast, float16
+    on a GPU that cannot (a T4), else float32."""
+    if name != "auto":
+        return PRECISIONS[name]
+    if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = cpu_has_bf16()
-    return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=fast)
+        return torch.bfloat16 if fast else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
+
+
+def scaler(device, precision="auto"):
+    """A gradient scaler, which does nothing unless the precision is float16, whose smallest
+    gradients would be rounded to zero."""
+    return torch.amp.GradScaler(device.type,
+                                enabled=precision_of(device, precision) == torch.float16)
+
+
+def compile_parts(model, kinds, choice, device):
+    """torch.compile, in place, every part of the model that is of the classes `kinds`; choice: yes,
+    no, or auto: on CUDA.  Equal blocks share their code, so this takes seconds, the whole model
+    minutes."""
+    if choice == "yes" or choice == "auto" and device.type == "cuda":
+        for part in model.modules():
+            if isinstance(part, kinds):
+                part.compile()
+
+
+def send(x, device):
+    """A tensor -> the device; to a GPU from pinned memory, so that the CPU need not wait."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+@functools.cache
+def free_cores(loadavg="/proc/loadavg"):
+    """How many cores other programs leave free at this moment, at least 1; all of them if unknown.
+
+    A training step has thousands of small parallel regions, and each waits until all its threads
+    have had a core: on two cores with two busy neighbors, a step of ae.py takes .4 s with one
+    thread and 12 s with two.
+    """
+    running = []
+    for _ in range(20):                                    # "0.1 0.1 0.1 running/all last-pid"
+        try:
+            running.append(int(Path(loadavg).read_text().split()[3].split("/")[0]) - 1)
+        except (OSError, IndexError, ValueError):          # not Linux
+            return os.cpu_count() or 1
+        time.sleep(0.01)
+    return max(1, (os.cpu_count() or 1) - int(np.median(running)))
 
 
 def cpu_has_bf16():
@@ -172,12 +235,12 @@ def cpu_has_bf16():
     return False
 
 
-def describe(device):
+def describe(device, precision="auto"):
     """'cpu x 2 threads, bfloat16' and the like, for a run's first line."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    precision = "bfloat16" if cpu_has_bf16() else "float32"
-    return f"{device.type} x {torch.get_num_threads()} threads, {precision}"
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"{device.type} x {torch.get_num_threads()} threads")
+    ranks = f"{world()} x " if world() > 1 else ""
+    return f"{ranks}{name}, {str(precision_of(device, precision))[6:]}"
 
 
 def generator(seed, step=0, device="cpu"):
@@ -191,10 +254,8 @@ def generator(seed, step=0, device="cpu"):
 
 def atomic(path, write):
     """Call write(temporary path), then rename to `path`: the file appears whole or not at all."""
-    path = Path(path)
+    path, temporary = Path(path), temporary_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # always the same temporary name: the next run overwrites what a killed one left behind
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         write(str(temporary))
         with open(temporary, "rb") as file:
@@ -205,6 +266,30 @@ def atomic(path, write):
                         "the previous file is untouched") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path):
+    """Always the same: the next run overwrites what a killed one left behind."""
+    path = Path(path)
+    return path.with_name(f".{path.stem}.part{path.suffix}")
+
+
+def atomic_array(path, shape, dtype, fill):
+    """`atomic` for an .npy file that is too large for memory: fill(array) writes into it.  All
+    ranks call this at once, and each fills its part of the same array."""
+    def write(temporary):
+        if rank() == 0:
+            np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+            if hasattr(os, "posix_fallocate"):   # a full disk is an error now, a crash later
+                with open(temporary, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
+        wait_for_ranks()
+        array = np.lib.format.open_memmap(temporary, "r+")
+        fill(array)
+        array.flush()
+        wait_for_ranks()
+    atomic(path, write) if rank() == 0 else write(temporary_name(path))
+    wait_for_ranks()                                       # from now on it has its name
 
 
 def save(path, obj):
@@ -267,8 +352,8 @@ def fingerprint(state):
 # ---------------------------------------------------------------- a run that can be killed
 
 # the flags that may differ when a run is resumed
-MAY_CHANGE = {"steps", "save_every", "preview_every", "keep", "device", "overwrite", "out", "ae",
-              "preset"}
+MAY_CHANGE = {"steps", "save_every", "preview_every", "keep", "device", "precision", "compile",
+              "overwrite", "out", "ae", "preset"}
 
 
 def resume(path, kind, config, command):
@@ -343,21 +428,34 @@ class Loop:
         with Stop() as stop:
             for step in bar:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.rate(c, step)
+                    group["lr"] = self.rate(c, step) * group.get("lr_scale", 1.0)
                 yield step
-                last, saving = step + 1 == c.steps, (step + 1) % c.save_every == 0 or stop.asked
+                # one process among several asks the others every ten steps, so that all stop at
+                # the same one
+                asked = (stop.asked if world() == 1 else
+                         (step + 1) % 10 == 0 and any_rank(stop.asked))
+                last, saving = step + 1 == c.steps, (step + 1) % c.save_every == 0 or asked
                 if step % 50 == 0 or saving or last:        # waits for the device only here
-                    if not self.finite:
-                        raise UserError(f"the loss is not finite at step {step}; {self.path}, if it"
-                                        " exists, is the last good state; try a smaller --lr")
-                    bar.set_postfix({k: f"{v:.4f}" if isinstance(v, torch.Tensor) else str(v)
-                                     for k, v in self.shown.items()})
+                    self.show(bar, step, saving or last)
                 if saving and not last:
                     self.save(step + 1)
-                    if stop.asked:
+                    if asked:
+                        wait_for_ranks()      # torchrun kills those that are left when one exits
                         print(f"\nstopped at step {step + 1}, saved in {self.path}; "
                               "the same command resumes from there")
                         sys.exit(130)
+
+    def show(self, bar, step, saving):
+        """Set the text of the bar.  UserError: a loss, or a weight to be saved, is not finite."""
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not self.finite or saving and not all(p.isfinite().all() for p in weights):
+            raise UserError(f"the loss is not finite at step {step}; {self.path}, if it"
+                            " exists, is the last good state; try a smaller --lr")
+        shown = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v
+                 for k, v in self.shown.items()}
+        all_reduce_mean([v for v in shown.values() if isinstance(v, torch.Tensor)])
+        bar.set_postfix({k: f"{v:.4f}" if isinstance(v, torch.Tensor) else str(v)
+                         for k, v in shown.items()})
 
 
 def learning_rate(config, step):
@@ -367,7 +465,25 @@ def learning_rate(config, step):
     return config.lr * warm * decay
 
 
-# ---------------------------------------------------------------- several GPUs: `torchrun ...`
+# ---------------------------------------------------------------- several processes: `torchrun ...`
+#
+# The processes, called ranks, take the same steps on their rows of the same batch.  Every random
+# number of a batch is drawn by all of them, so that n processes train as one does.
+
+
+def join_ranks(name):
+    """Join the processes that torchrun started -> the name of this one's device; only rank 0
+    prints."""
+    if name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
+    # torchrun ends all ranks when one dies; the timeout, longer than what rank 0 ever does alone,
+    # is for one that hangs
+    dist.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo",
+                            timeout=timedelta(minutes=30))
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    return name
 
 
 def rank():
@@ -380,9 +496,56 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def my_rows():
+    """The slice of a batch that is this rank's."""
+    return slice(rank(), None, world())
+
+
+def rank_rows(draw, rows, *shape, generator=None):
+    """This rank's `rows` of the random numbers of a whole batch: draw((world * rows, *shape))."""
+    return draw((world() * rows, *shape), generator=generator)[my_rows()]
+
+
+def parallel(model):
+    """The model as training calls it: with several ranks, its backward pass also averages the
+    gradients over them, and sends the first while it computes the rest."""
+    if world() == 1:
+        return model
+    # of parameters such as a class token (1, 1, D): harmless
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
 def all_reduce_mean(tensors):
-    """Replace each tensor by its mean over the ranks, in place; alone, nothing changes."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= world()
+    """Replace each tensor by its mean over the ranks, in place, in one message; alone, nothing
+    changes."""
+    if world() > 1 and tensors:
+        message = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(message)
+        parts = (message / world()).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts):
+            tensor.copy_(part.view_as(tensor))
+
+
+def all_rows(x):
+    """x (B, ...) of this rank -> x (world * B, ...) of all ranks."""
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def any_rank(flag):
+    """Whether the flag is set on at least one rank.  All ranks wait for each other, but not for
+    their devices."""
+    if world() == 1:
+        return flag
+    flag = torch.tensor(float(flag))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def wait_for_ranks():
+    """Returns when all ranks have called it."""
+    any_rank(False)

@@ -28,8 +28,10 @@ class PatchGAN(nn.Sequential):
 class GAN:
     """The adversarial loss of VQGAN (arXiv 2012.09841): a PatchGAN with its own optimizer."""
 
-    def __init__(self, c, device, autocast):
-        self.critic = PatchGAN(size=c.size).to(device).train()
+    def __init__(self, c, device, autocast, scaler=config.UNSCALED):
+        self.critic, self.scaler = PatchGAN(size=c.size).to(device).train(), scaler
+        if device.type == "cuda" and config.world() > 1:       # torch has none for CPUs
+            self.critic = nn.SyncBatchNorm.convert_sync_batchnorm(self.critic)
         self.optimizer = torch.optim.Adam(self.critic.parameters(), c.lr, (0.5, 0.9))
         self.weight, self.autocast = c.gan, autocast
         # the authors sum their loss over 3 S S values and bound the ratio at 1e4; this loss is a
@@ -41,7 +43,8 @@ class GAN:
         terms, whose gradient at the decoder's last layer sets the weight."""
         with self.autocast():
             g = -self.critic(y).float().mean()
-        return g * self.weight * adaptive_weight(reconstruction, g, last_layer, self.bound)
+        one = self.scaler.scale(torch.ones((), device=y.device))   # in float16 a large number
+        return g * self.weight * adaptive_weight(reconstruction, g, last_layer, self.bound, one)
 
     def step(self, x, y):
         """One step of the discriminator on real x and decoded y (B, 3, S, S), hinge loss."""
@@ -49,9 +52,9 @@ class GAN:
             real, fake = self.critic(x).float(), self.critic(y.detach()).float()
         hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         self.optimizer.zero_grad(set_to_none=True)
-        hinge.backward()
+        self.scaler.scale(hinge).backward()
         config.all_reduce_mean([p.grad for p in self.critic.parameters()])
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
 
     def state_dict(self):
         return dict(critic=self.critic.state_dict(), optimizer=self.optimizer.state_dict())
@@ -61,8 +64,12 @@ class GAN:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def adaptive_weight(reconstruction, g, last_layer, bound):
-    """|d reconstruction / dW| / |d g / dW| at the last layer W, at most `bound` (VQGAN, eq. 7)"""
-    a = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
-    b = torch.autograd.grad(g, last_layer, retain_graph=True)[0].norm()
-    return (a / (b + 1e-4)).clamp(0, bound).detach()
+def adaptive_weight(reconstruction, g, last_layer, bound, scale=1.0):
+    """|d reconstruction / dW| / |d g / dW| at the last layer W, at most `bound` (VQGAN, eq. 7), of
+    the whole batch; `scale` keeps gradients in float16 from being rounded to zero."""
+    gradients = [torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0] / scale
+                 for loss in (reconstruction, g)]
+    config.all_reduce_mean(gradients)
+    a, b = (gradient.norm() for gradient in gradients)
+    # where float16 overflows, so will the gradient of the sum: the scaler skips the step
+    return (a / (b + 1e-4)).nan_to_num(0.0).clamp(0, bound).detach()

@@ -1,4 +1,4 @@
-"""Tests of the plumbing: flags, files, downloads, archives, photographs, weights, LPIPS, drawing."""
+"""Tests of the plumbing: flags, files, downloads, archives, photographs, weights, drawing."""
 import gzip, hashlib, io, json, lzma, os, re, struct, sys, tarfile, types, zlib
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 import ae, dino, dit, sample
 from dino import DINOv3, ViTConfig, load_dino
 from lab import edit
-from plumbing import config, draw, fetch, lpips, photos, weights
+from plumbing import config, draw, fetch, lpips, muon, photos, weights
 from plumbing.config import UserError
 from plumbing.lpips import LPIPS, load_lpips
 from plumbing.testing import ROOT, call, left, one_line, refuses, threads
@@ -800,3 +800,56 @@ def test_a_chart_draws_every_point_and_skips_what_was_not_measured(logx, logy):
     (0.1, 0.75, False, [0.2, 0.4, 0.6]), (-3, 2, False, [-3, -2, -1, 0, 1, 2])])
 def test_ticks_are_round_numbers(low, high, log, expected):
     assert draw.y_ticks(low, high, log) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- muon.py
+
+
+def test_orthogonalize_keeps_directions_and_evens_out_sizes():
+    x = torch.randn(2, 48, 20, generator=config.generator(0))
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    for steps, low in ((3, 0.15), (5, 0.6)):
+        y = muon.orthogonalize(x, steps)
+        inside = u.mT @ y @ v.mT                           # diagonal: the same singular vectors
+        off = inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))
+        values = torch.linalg.svdvals(y)
+        assert off.abs().max() < 0.05 and low < values.min() and values.max() < 1.3
+    assert torch.allclose(muon.orthogonalize(x.mT, 5), muon.orthogonalize(x, 5).mT, atol=0.02)
+
+
+def test_muon_trains_and_resumes_bit_identically():
+    def net():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.Flatten(),
+                              nn.Linear(8, 2))
+        matrices = [p for p in model[:3].parameters() if p.ndim > 1]
+        return model, muon.optimizer([*model.parameters()], matrices, 0.01, 0.02, (0.9, 0.99))
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            g = config.generator(1, step)
+            x = torch.randn(16, 3, 5, 5, generator=g)
+            loss = (model(x) - x.mean((2, 3))[:, :2]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+    a, b = net(), net()
+    first = train(*a, range(1))
+    assert train(*a, range(1, 60)) < 0.7 * first
+    train(*b, range(20))
+    model, optimizer = net()
+    model.load_state_dict(b[0].state_dict()), optimizer.load_state_dict(b[1].state_dict())
+    assert optimizer.param_groups[0]["lr_scale"] == 2 and len(optimizer.param_groups) == 2
+    train(model, optimizer, range(20, 60))
+    assert all(torch.equal(p, q) for p, q in zip(a[0].parameters(), model.parameters()))
+    assert type(muon.optimizer([*model.parameters()], [], 0.01, 0, (0.9, 0.99))).__name__ == "AdamW"
+
+
+def test_busy_neighbors_leave_fewer_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for name, text, free in (("idle", "0.1 0.1 0.1 1/99 7", 4), ("busy", "9 9 9 3/99 7", 2),
+                             ("full", "9 9 9 20/99 7", 1), ("odd", "", 4)):
+        (tmp_path / name).write_text(text)
+        assert config.free_cores(tmp_path / name) == free
+    assert config.free_cores(tmp_path / "not_linux") == 4
