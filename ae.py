@@ -455,10 +455,7 @@ def train(c):
                 **{k: part.state_dict() for k, part in parts.items()}))
 
     parts = dict(model=model, optimizer=optimizer, scaler=scaler, **(dict(gan=gan) if gan else {}))
-    if checkpoint:
-        for name, part in parts.items():
-            if checkpoint.get(name):                   # the scaler's is empty but in float16
-                part.load_state_dict(checkpoint[name])
+    config.restore(checkpoint, parts)
     if checkpoint and checkpoint["step"] >= c.steps and checkpoint["fingerprint"]:
         model.fingerprint = checkpoint["fingerprint"]
         return evaluate(c, model, autocast, device)

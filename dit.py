@@ -263,10 +263,7 @@ def train(c):
     optimizer = muon.optimizer([*model.parameters()], matrices, c.lr, c.muon, (0.9, c.beta2))
     scaler = config.scaler(device, c.precision)
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
-    if checkpoint:
-        for name, part in parts.items():
-            if checkpoint.get(name):                   # the scaler's is empty but in float16
-                part.load_state_dict(checkpoint[name])
+    config.restore(checkpoint, parts)
 
     def save(step, path=path, names=tuple(parts)):
         if config.rank() == 0:

@@ -168,6 +168,8 @@ def setup(name="auto", threads=0, precision="auto"):
         threads = min(torch.get_num_threads(), free_cores())
     if threads:
         torch.set_num_threads(threads)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)                      # where NCCL looks
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     dtype = precision_of(device, precision)
@@ -378,6 +380,13 @@ def resume(path, kind, config, command):
     return checkpoint
 
 
+def restore(checkpoint, parts):
+    """Load what `resume` found into the parts of a run, a dict of all that has a state."""
+    for name, part in parts.items():
+        if checkpoint and checkpoint.get(name):            # a scaler's is empty but in float16
+            part.load_state_dict(checkpoint[name])
+
+
 class Stop:
     """`with Stop() as stop:` turns Ctrl-C and SIGTERM into `stop.asked`, to be read between two
     steps, when the state is consistent; a second Ctrl-C ends the run at once."""
@@ -430,8 +439,7 @@ class Loop:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.rate(c, step) * group.get("lr_scale", 1.0)
                 yield step
-                # one process among several asks the others every ten steps, so that all stop at
-                # the same one
+                # several processes ask each other every ten steps, so that all stop at the same
                 asked = (stop.asked if world() == 1 else
                          (step + 1) % 10 == 0 and any_rank(stop.asked))
                 last, saving = step + 1 == c.steps, (step + 1) % c.save_every == 0 or asked
@@ -474,16 +482,13 @@ def learning_rate(config, step):
 def join_ranks(name):
     """Join the processes that torchrun started -> the name of this one's device; only rank 0
     prints."""
-    if name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
+    gpu = str(name).startswith("cuda") and torch.cuda.is_available()
     # torchrun ends all ranks when one dies; the timeout, longer than what rank 0 ever does alone,
     # is for one that hangs
-    dist.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo",
-                            timeout=timedelta(minutes=30))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=30))
     if rank():
         sys.stdout = open(os.devnull, "w")
-    return name
+    return f"cuda:{os.environ['LOCAL_RANK']}" if gpu else name
 
 
 def rank():
