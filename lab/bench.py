@@ -78,12 +78,16 @@ def seconds(work, repeats, device):
     return statistics.median(times[2:])
 
 
-def operations(work):
-    """FLOP of a call of `work`.  Attention counts as its plain products: fused kernels recompute
+def operations(step, autocast):
+    """FLOP per image of step(batch, autocast): what a second image adds, so that the optimizer's,
+    which Muon has, do not count.  Attention counts as its plain products: fused kernels recompute
     some, and torch does not count the one for CPUs at all."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
+    total = []
+    for batch in (1, 2):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            step(batch, autocast)
+        total.append(counter.get_total_flops())
+    return total[1] - total[0]
 
 
 def matrix_rate(device, autocast, repeats):
@@ -281,7 +285,7 @@ def measure(m, name, batch, build, flops, rate, dtype):
     try:
         if estimate() <= 10:
             step = build()
-            flops = operations(lambda: step(1, m.autocast))
+            flops = operations(step, m.autocast)
         if estimate() > 10:
             return dict(row, not_run=f"about {estimate():,.0f} s a call on this device")
         if gpu:

@@ -47,11 +47,9 @@ class Numbers:
 
     def __init__(self, folder, preset):
         self.preset = preset
-        default = evidence.Table(folder, "default", "latent steps scale", "accuracy accuracy_std "
-                                 "frechet frechet_std psnr psnr_std")
         speedrun = evidence.Table(folder, "speedrun", "stage change steps batch", "cpu_seconds "
                                   "psnr accuracy frechet conv")
-        self.files = evidence.tables(folder) | dict(default=default, speedrun=speedrun)
+        self.files = evidence.tables(folder) | dict(speedrun=speedrun)
         self.tables = {name: t.rows() for name, t in self.files.items()}
 
     def rows(self, table, **key):
@@ -79,8 +77,6 @@ class Numbers:
         if not len(values):
             return "-"
         spread = values.std(ddof=1) if len(values) > 1 else None
-        if table == "default":                                 # a row is over the seeds already
-            spread = self.values(table, f"{column}_std", **key)[0]
 
         def short(v):
             text = f"{v:.{digits}f}"
@@ -275,31 +271,13 @@ SECTIONS = [
         and as they are.""",
         "latent | Euler steps | guidance",
         [(f"{NAMES[z]} | {k} | {w}", dict(latent=z, steps=k, scale=w))
-         for k, w in ((1, 1), (3, 1), (10, 1), (10, 2)) for z in evidence.PAIR]
+         for k, w in ((1, 1), (3, 1), (3, 2), (10, 1), (10, 2)) for z in evidence.PAIR]
         + [(f"{NAMES[z]}, decode(encode(x)) | |", dict(latent=z, steps="decoded"))
            for z in evidence.PAIR]
         + [("held-out images | |", dict(latent="pixels", steps="decoded"))],
         (*rulers(preset="full"), ("PSNR, dB", "generation", "psnr", 2, dict(preset="full"))),
-        "steps", ("generation", dict(preset="full", latent="vae")),
+        "default", ("generation", dict(preset="full", latent="vae")),
         (("steps", "SVG: 1, 2, 3, 5, 10 Euler steps from the same noise, guidance 2, seed 0."),)),
-    # The rows of the single seeds were not kept; this one stands in until they are measured again.
-    Section(
-        "The default",
-        """This is what `python ae.py && python dit.py && python sample.py` trains: 1,500 steps of a
-        decoder twice as wide as in the sections below and 3,500 of a wider and deeper DiT. From
-        three steps on SVG has the higher accuracy and the lower Frechet distance; with one step the
-        deviations overlap. Which latent is ahead at ten steps depends on the measure: see
-        [Limits](#limits).""",
-        "Euler steps | guidance",
-        [(f"{k} | {w}", dict(steps=k, scale=w)) for k, w in ((1, 1), (3, 1), (10, 1), (10, 2))]
-        + [("decode(encode(x)) |", dict(steps="decoded", scale="-"))],
-        (*beside(table="default"), *((f"PSNR, dB, {NAMES[z]}", "default", "psnr", 2,
-                                      dict(latent=z)) for z in ("svg", "vae"))),
-        "", ("default", {}),
-        (("steps", "SVG: 1, 2, 3, 5, 10 Euler steps from the same noise, guidance 2, seed 0."),),
-        note="*Three seeds of both stages, n = 1,000; mean ± standard deviation, measured at "
-             "commit b05a97b. The rows of the single seeds were not kept; `python -m lab.evidence "
-             "steps --preset full` measures them again, 18 minutes of one core per run.*"),
     Section(
         "Few steps (Figure 8a, Table 2a)",
         """At every number of Euler steps SVG has the higher mean accuracy and the lower mean

@@ -419,7 +419,7 @@ def test_report_numbers(tmp_path):
         **dict.fromkeys(evidence.tables(tmp_path)["latents"].columns[3:], 0.5))
     N = report.Numbers(tmp_path, "small")
     assert "| VAE | 3 | 1 | 0.2 | .250 | 0.25 | .250 | 0.25 | 0.25 | .250 | .250 | - |" in \
-        report.results(N) and "lab.evidence steps --preset full" in report.results(N)
+        report.results(N) and "lab.evidence default --preset full" in report.results(N)
     assert N.cell("generation", "frechet", 2, latent="svg") == "2.00 ± 1.00"
     assert report.headline(N).splitlines()[2:] == [
         "| VAE | 3 | 1 | 0.2 | .250 | 0.25 | .250 |",
@@ -808,7 +808,7 @@ def debug_models():
 def test_counted_operations_are_those_of_the_formula():
     m = debug_models()
     for side in (4, 12):                                  # plain attention, and the fused call
-        counted = bench.operations(lambda: bench.dit_step(m, (192, 2, 3), side)(2, m.autocast)) / 2
+        counted = bench.operations(bench.dit_step(m, (192, 2, 3), side), m.autocast)
         by_hand = bench.dit_flops(192, 2, side ** 2, m.ae.latent_dim)
         assert counted == pytest.approx(by_hand, rel=0.03)
     assert bench.dit_flops(1152, 28, 256, 392) == pytest.approx(0.72e12, rel=0.02)       # DiT-XL
