@@ -1,15 +1,15 @@
 """Stage 1: the SVG autoencoder, from images to latents and back without a VAE.
 
-A frozen DINOv3 gives each patch a token that says what is there but has dropped color and fine
+A frozen DINOv3 gives each patch a token that encodes what is there but loses color and fine
 detail.  A small trainable residual ViT adds a few channels that carry the rest; their scale is
-matched to DINO's, so that neither part drowns the other.  A convolutional decoder turns both back
-into pixels (SVG, arXiv 2510.15301, section 3.2 and Figure 5).
+matched to DINO's, so that neither part dominates the other.  A convolutional decoder turns both
+back into pixels (SVG, arXiv 2510.15301, section 3.2 and Figure 5).
 
     python ae.py                              # shapes, 32 px; 3.9 minutes on two CPU cores
-    python ae.py --latent vae --out out/vae   # the baseline: a KL-VAE built of the same networks
+    python ae.py --latent vae --out out/vae   # the baseline: a KL-VAE built from the same networks
     python ae.py --data ~/photos --size 64    # a folder with one sub-folder per class
 
-Writes out/<preset>/ae.pt (self-describing) and reconstructions.png (each image beside its
+Writes out/<preset>/ae.pt (self-describing) and reconstructions.png (each image next to its
 reconstruction).  Stage 2 caches the latents in the same folder, see `load_latents`.
 """
 import contextlib, shutil, time
@@ -44,15 +44,15 @@ class Config:
     preset: str = field("shapes", "a named set of the options below")
     out: str = field("", "folder for the results; out/<preset> if empty")
     data: str = field("shapes", "shapes, imagenette, imagewoof, or a folder")
-    classes: str = field("", "only these classes: names with commas between, or a file of names")
-    images: int = field(0, "train on N images of the data set only; 0: all")
+    classes: str = field("", "only these classes: comma-separated names, or a file of names")
+    images: int = field(0, "train only on the first N images of the data set; 0: all")
     size: int = field(32, "image side in pixels; a multiple of the encoder's patch")
     crop: str = field("center", "which square of an image to train on (code: random)",
                       ("center", "random"))
     encoder: str = field("tiny", "tiny (embedded), a DINOv3 name, timm:NAME, or a file")
     # ---- EDIT HERE for ablations: what the latent is made of ----
     latent: str = field("svg", "svg; dino: no residual; unaligned: residual not matched; vae: a "
-                        "KL-VAE built of the same networks", ("svg", "dino", "unaligned", "vae"))
+                        "KL-VAE built from the same networks", ("svg", "dino", "unaligned", "vae"))
     residual_dim: int = field(16, "channels of the residual (paper: 8)")
     mask_prob: float = field(0.1, "probability that a sample trains without residual (code: .1)")
     layer: int = field(0, "the encoder's block whose tokens are used; 0: the last (paper: last)")
@@ -66,7 +66,7 @@ class Config:
     enc_stem: int = field(32, "width of its convolutional stem; 0: linear patches (paper: 0)")
     ch: int = field(32, "decoder width at full resolution (paper: 128)")
     mult: tuple = field((1, 2, 2, 4), "decoder width multipliers, full resolution first "
-                        "(1,1,2,2,4)")
+                        "(paper: 1,1,2,2,4)")
     res_blocks: int = field(1, "residual blocks per level, plus one (paper: 2)")
     vae_dim: int = field(16, "channels of the VAE's latent (--latent vae only)")
     kl: float = field(1e-4, "weight of the KL divergence per latent value (--latent vae only)")
@@ -107,7 +107,7 @@ class Config:
 PRESETS = {
     # 2 CPU cores (AMD EPYC), seed 0, 3.9 min: 26.0 dB, SSIM .733; judge accuracy .998 of 1,000.
     "shapes": dict(),
-    # 2 CPU cores, 6 s: noise, but every file.
+    # 2 CPU cores, 6 s: barely trained, but writes every file.
     "debug": dict(images=1000, steps=20, batch=16, ch=16, enc_dim=32, enc_depth=1, enc_stem=8,
                   warmup=5, save_every=10),
     # The paper's sizes and optimizer at 256 px, on 9,469 images. Not trained here: no weights.
@@ -125,7 +125,7 @@ PRESETS = {
 class ResidualEncoder(nn.Module):
     """A small ViT and a two-layer head: images -> `out` channels per token (paper: 11.2 M).
 
-    It uses the blocks of the frozen encoder, so it takes any resolution; all of it is trained.
+    It uses the blocks of the frozen encoder, so it takes any resolution, but is trained here.
     """
 
     def __init__(self, c, patch, out):
@@ -148,7 +148,7 @@ class DistributionMatching(nn.Module):
     """r' = (r - mu_r) / sigma_r * sigma_h + mu_h: gives the residual DINO's mean and scale.
 
     Four scalars: per channel over batch and tokens, then averaged over the channels, as in the
-    authors' code (the paper leaves the axes open).  They carry no gradient.  Training computes
+    authors' code (the paper does not specify the axes).  They carry no gradient.  Training computes
     them from the batch, over all ranks; evaluation uses running averages, so that a latent does
     not depend on the rest of its batch (the authors' does).
     """
@@ -173,7 +173,7 @@ class DistributionMatching(nn.Module):
         """residual (B, N, R) and DINO (B, N, D) -> matched residual (B, N, R); DINO is unchanged"""
         if self.training:
             now = self.measure(r, h)
-            # a plain mean at first, an exponential one later
+            # a plain mean at first, an exponential moving average later
             self.seen += 1
             self.running.lerp_(now, (1 / self.seen).clamp(min=self.momentum))
         else:
@@ -249,7 +249,7 @@ class Decoder(nn.Module):
 
 class AutoEncoder(nn.Module):
     """Images <-> latents.  The normalization of the latents is part of `encode` and `decode`, so
-    that nobody can apply it on one side only."""
+    that it cannot be applied on one side only."""
 
     def __init__(self, c, encoder):
         """c: a Config; encoder: the frozen DINOv3."""
@@ -294,8 +294,8 @@ class AutoEncoder(nn.Module):
             return h, kl
         r = self.residual(images).float()                                      # (B, N, R)
         if self.training:
-            # some samples lose their residual, before the matching, so that the decoder learns to
-            # get what it can out of DINO
+            # the residual of some samples is masked, before matching, so that the decoder learns to
+            # extract what it can from DINO
             draw = config.rank_rows(torch.rand, len(r), 1, 1, generator=generator)
             r = torch.where(config.send(draw, r.device) < self.config.mask_prob, self.mask_token, r)
         if self.config.latent == "svg":
@@ -312,7 +312,7 @@ class AutoEncoder(nn.Module):
         if layer > len(blocks):
             raise UserError(f"--layer {layer}: this encoder has {len(blocks)} blocks")
         N = pixels.shape[2] * pixels.shape[3] // self.patch ** 2
-        # the final norm's gains belong to the last block: here each token is normalized without
+        # the final norm's gains belong to the last block, so tokens are normalized without them
         return F.layer_norm(blocks[layer - 1][:, -N:], (self.dino.dim,))
 
     def grid(self, tokens, images):
@@ -347,7 +347,7 @@ class AutoEncoder(nn.Module):
 
 def perceptual_loss(dino, x, y):
     """Mean squared distance of x and y (B, 3, S, S) in the frozen encoder's normalized tokens, over
-    all blocks: LPIPS (arXiv 1801.03924) with features that are already there instead of a VGG's.
+    all blocks: LPIPS (arXiv 1801.03924) with features of the encoder at hand instead of a VGG's.
     The gradient flows through the frozen network to x."""
     loss = 0.0
     with torch.no_grad():
@@ -389,8 +389,8 @@ def load_latents(ae, folder, device, autocast):
     """The latents of the training images -> float16 (2, M, C, h, w) memory-mapped, each image as it
     is and mirrored; labels int64 (M,).
 
-    Encoded once, into folder/latents-<fingerprint>.npy: the name says whose latents they are, so
-    those of another autoencoder are never read.  Raises UserError.
+    Encoded once, into folder/latents-<fingerprint>.npy: the name identifies the autoencoder, so
+    latents of another one are never read.  Raises UserError.
     """
     images, labels = load_pictures(ae)
     path, side = Path(folder) / f"latents-{ae.fingerprint}.npy", ae.image_size // ae.patch
@@ -404,7 +404,7 @@ def load_latents(ae, folder, device, autocast):
                 with autocast():
                     cache[mirrored, part] = ae.encode(x).cpu().numpy().astype(np.float16)
 
-    # of several runs one encodes and the others wait; rank 0 asks for its whole run
+    # of several runs one encodes and the others wait; rank 0 holds the lock for its whole run
     with file_lock(path) if config.rank() == 0 else contextlib.nullcontext():
         if config.any_rank(config.rank() == 0 and not path.is_file()):
             for stale in path.parent.glob("latents-*.npy"):
@@ -421,14 +421,14 @@ def load_latents(ae, folder, device, autocast):
         config.require(latents.shape == shape, f"{latents.shape[1]:,} images, not {shape[1]:,}")
     except (ValueError, EOFError, IndexError) as error:
         raise UserError(f"{path}: does not fit the data, or is corrupt ({error}); delete it, and "
-                        "the same command makes it again") from None
+                        "the same command will recreate it") from None
     return latents, labels
 
 # ---------------------------------------------------------------- train
 
 
 def train(c):
-    """Run or resume stage 1 as its Config says -> the trained AutoEncoder."""
+    """Run or resume stage 1 with a Config -> the trained AutoEncoder."""
     device, autocast = config.setup(c.device, precision=c.precision)
     path = Path(c.out) / "ae.pt"
     checkpoint = config.resume(path, "ae", c, "python ae.py")
@@ -522,7 +522,7 @@ def random_crops(images, index, size, generator):
 
 
 def announce(c, device, model, count):
-    """What is about to run, in three lines."""
+    """Print what is about to run, in three lines."""
     millions = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M"
     residual = "none" if c.latent == "dino" else millions(model.residual)
     print(f"stage 1 ({c.latent}) on {config.describe(device, c.precision)}; {count:,} images of "
@@ -535,7 +535,7 @@ def announce(c, device, model, count):
 @torch.no_grad()
 def measure_statistics(model, images, autocast, device, scalar=False, most=20000):
     """Fill `mean` and `std`: per channel over the training images, in eval mode; with `scalar` one
-    of each for all channels, which leaves their different scales to the DiT."""
+    of each for all channels, which leaves their different scales for the DiT."""
     first, second = torch.zeros(2, model.latent_dim, dtype=torch.float64, device=device)
     count = torch.zeros(1, dtype=torch.float64, device=device)
     for start in range(500 * config.rank(), min(most, len(images)), 500 * config.world()):

@@ -1,9 +1,9 @@
-"""Images as uint8 arrays: the procedural `shapes`, and `load_images` for everything.
+"""Images as uint8 arrays: the procedural data set `shapes`, and `load_images` for any data set.
 
 `shapes` is ten classes of small images drawn from signed distance functions.  The class is the
 shape; color, gradient, texture, position, size, rotation, stray lines and noise are nuisances, and
-they dominate the pixels: a nearest neighbor on raw pixels is right about one time in four.
-It needs no download, is a function of its seed, and renders at any size.
+they dominate the pixels: nearest neighbors on raw pixels are right about one time in four.
+It needs no download, depends only on its seed, and renders at any size.
 
     python data.py                        # draws a page of examples to out/data/page.png
     python data.py --data ~/photos        # the same for a folder with one sub-folder per class
@@ -27,7 +27,7 @@ from plumbing.photos import decode_folder, find_folder, list_folder, printable
 # ---------------------------------------------------------------- shapes: geometry
 #
 # A signed distance function (SDF) gives a point's distance to the shape's edge, negative inside.
-# Its argument p (B, P, 2) holds x and y in the shape's own coordinates, where the shape fills about
+# Its argument p (B, P, 2) is x and y in the shape's own coordinates, where the shape fills about
 # [-1, 1] x [-1, 1] and y points down; its result is (B, P).
 
 
@@ -41,7 +41,7 @@ def _box(p, w, h, cx=0.0, cy=0.0):
 
 
 def _polygon(p, corners):
-    """A convex polygon, corners counterclockwise as seen: the farthest of its half-planes."""
+    """A convex polygon, corners counterclockwise on screen: the maximum over its half-planes."""
     edges = []
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
         length = math.hypot(bx - ax, by - ay)
@@ -88,19 +88,19 @@ LINES = 2                      # largest number of stray lines behind the object
 NOISE = 0.02                   # largest standard deviation of the pixel noise
 # -------------------------------------------------------------
 CHUNK = 1000                   # images per random stream
-# what an image is drawn from, besides its class, and the columns of each in `shapes`; the pairs are
-# of the background and of the object
+# what is drawn for an image besides its class, with the number of columns in `shapes`; gradient and
+# texture have one for the background and one for the object
 FACTORS = dict(back=3, front=3, center=2, scale=1, angle=1, gradient=2, texture=2, lines=1, noise=1)
 
 
 def shapes(n, size=32, seed=0, masks=False, factors=False):
-    """The first `n` images of the stream number `seed`; a longer set begins with a shorter one.
+    """The first `n` images of stream number `seed`; a longer set starts with the shorter one.
 
     size: side in pixels; the same seed gives the same images at every size, up to the pixel noise.
     -> images uint8 (n, 3, size, size) RGB, labels int64 (n,), class names; with `masks`, also the
     object's coverage, uint8 (n, size, size), 255 inside; with `factors`, also what else was drawn,
-    float32 (n, 16), the columns of FACTORS: RGB in [0, 1], places and scale in units of half the
-    image, radians, and the strengths of what is faint in units of RGB.
+    float32 (n, 16), the columns of FACTORS: colors as RGB in [0, 1], center and scale in units of
+    half the image, angle in radians, and the strengths of the other factors in units of RGB.
     """
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
     labels = torch.empty(n, dtype=torch.int64)
@@ -130,7 +130,7 @@ def _render_chunk(size, g, count):
     center = uniform(2, low=-1, high=1) * (1.02 - scale)[:, None]
     p = (grid - center[:, None]) / scale[:, None, None]                         # (B, P, 2)
     c, s = angle.cos()[:, None], angle.sin()[:, None]
-    mirror = (uniform() < 0.5)[:, None] * 2 - 1           # so that a flipped image fits the set
+    mirror = (uniform() < 0.5)[:, None] * 2 - 1           # so flipped images stay in distribution
     p = torch.stack([mirror * (c * p[..., 0] + s * p[..., 1]), c * p[..., 1] - s * p[..., 0]], -1)
     distance = torch.empty(count, size * size)
     for k, name in enumerate(SHAPES):
@@ -203,8 +203,8 @@ def load_images(name, size, split="train", cache="out/data", classes=""):
 
     name: `shapes`, `imagenette` and the like (downloaded the first time), or a folder; size: side
     in pixels, images are center-cropped; split: train or test; classes: use only these, as in
-    `list_folder`.  Decoded once into `cache`, and again if the folder has changed.  UserError: what
-    `list_folder` and `decode_folder` cannot use, or a download that fails.
+    `list_folder`.  Decoded once into `cache`, and again if the folder has changed.  UserError: a
+    folder that `list_folder` or `decode_folder` rejects, or a download that fails.
     """
     if name == "shapes":
         if classes:
@@ -219,7 +219,7 @@ def load_images(name, size, split="train", cache="out/data", classes=""):
     key = f"{VERSION} {identity} {size}".encode("utf-8", "surrogateescape")
     folder = Path(cache) / f"{stem}-{size}-{split}-{hashlib.sha256(key).hexdigest()[:10]}"
     images_path, labels_path = folder / "images.npy", folder / "labels.npy"
-    if not labels_path.is_file():                           # written last: then both are complete
+    if not labels_path.is_file():                           # written last, so both are complete
         with file_lock(folder):                             # one rank makes it, the others wait
             if not labels_path.is_file():
                 if name == "shapes":
@@ -235,7 +235,7 @@ def load_images(name, size, split="train", cache="out/data", classes=""):
 def to_float(images, index, flip=None, device="cpu"):
     """Rows `index` of uint8 images -> float32 in [-1, 1] (B, 3, S, S) on the device.
 
-    flip: booleans (B,), or one for all, that say which are mirrored left to right.
+    flip: booleans (B,), or one for all: which images are mirrored left to right.
     """
     index = index.numpy() if isinstance(index, torch.Tensor) else index
     x = config.send(torch.from_numpy(np.array(images[index])), device)
@@ -262,7 +262,7 @@ class Config:
     out: str = config.field("out/data/page.png", "the file to write")
 
     def check(self):
-        """Ends impossible values with status 2."""
+        """ValueError for impossible values: exit status 2."""
         config.require(self.size >= 4 and self.columns >= 1, "--size or --columns is too small")
 
 
@@ -278,7 +278,7 @@ def main(argv=None):
         examples = np.flatnonzero(labels == k)[:c.columns]
         row[:len(examples)] = images[examples]
     save_grid(c.out, page.reshape(-1, 3, c.size, c.size), c.columns)
-    print(f"wrote {c.out}: one row each of {', '.join(names[:10])}; {len(images):,} images")
+    print(f"wrote {c.out}: one row per class: {', '.join(names[:10])}; {len(images):,} images")
 
 
 if __name__ == "__main__":

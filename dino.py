@@ -1,8 +1,8 @@
-"""The frozen encoder: a DINOv3 ViT, in every published size, and the tiny one that ships.
+"""The frozen encoder: a DINOv3 ViT in every published size, or the tiny one in weights/.
 
 DINOv3 (arXiv 2508.10104) is a plain pre-norm ViT with rotary position embeddings, four register
-tokens and LayerScale.  SVG takes its patch tokens after the final norm as they are: they say what
-is where in the image, so a diffusion model finds the classes well separated from the first step.
+tokens and LayerScale.  SVG uses its patch tokens after the final norm unchanged: they encode what
+is where in the image, so the diffusion model gets latents in which classes are already apart.
 
     from dino import load_dino
     encoder = load_dino("tiny")                     # in weights/; "vits16plus" is downloaded
@@ -78,7 +78,7 @@ def rope(h, w, periods):
 
 
 def rotate(q, sin, cos):
-    """Rotates the last N tokens of q (B, A, P, d), the patches; cls and registers stay as is."""
+    """Rotates the last N tokens of q (B, A, P, d), the patches; cls and registers are unchanged."""
     first, rest = q[..., :-len(sin), :], q[..., -len(sin):, :].float()
     a, b = rest.chunk(2, -1)
     rest = rest * cos + torch.cat([-b, a], -1) * sin
@@ -168,10 +168,10 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Pixels (B, 3, H, W) -> tokens (B, N, D): one convolution as wide as a patch.
+    """Pixels (B, 3, H, W) -> tokens (B, N, D): one convolution, patch by patch.
 
-    With `stem`, stride-2 convolutions that end on the same grid: a small model learns better from
-    few images that way.
+    With `stem`, stride-2 convolutions that end on the same grid, which suit a small model trained
+    on few images better.
     """
 
     def __init__(self, c):
@@ -189,7 +189,7 @@ class PatchEmbed(nn.Module):
 
 
 class DINOv3(nn.Module):
-    """The encoder.  Parameters have Meta's names, so that Meta's files load without a translation.
+    """The encoder.  Parameters have Meta's names, so that Meta's files load without translation.
 
     Attributes: patch (pixels), dim (D), config (a ViTConfig).
     """
@@ -205,7 +205,7 @@ class DINOv3(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.dim, eps=1e-5)
         self.periods = rope_periods(c.dim // c.heads)     # not a buffer: `.to()` must not cast it
-        self._rope = {}
+        self._rope, self._moments = {}, {}                        # caches, by device
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02 if c.dim > 192 else 0.05)
@@ -213,19 +213,23 @@ class DINOv3(nn.Module):
                     nn.init.zeros_(m.bias)
 
     def freeze(self):
-        """No parameter is trained any more, and a parent's `train()` does not leave eval mode.
+        """Freezes all parameters, and keeps eval mode when a parent's `train()` is called.
         Gradients with respect to the pixels still flow: the perceptual loss needs them."""
         self.frozen = True
         return self.eval().requires_grad_(False)
 
     def train(self, mode=True):
-        """As of every module, but a frozen encoder stays in eval mode."""
+        """As for every module, but a frozen encoder stays in eval mode."""
         return super().train(mode and not self.frozen)
 
     def normalize(self, images):
         """[-1, 1] -> the mean and std that the weights were trained with."""
-        mean = torch.tensor(self.config.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.config.std, device=images.device).view(3, 1, 1)
+        if images.device not in self._moments:                # cached: copies to a GPU block
+            with torch.inference_mode(False):
+                self._moments[images.device] = [
+                    torch.tensor(v, device=images.device).view(3, 1, 1)
+                    for v in (self.config.mean, self.config.std)]
+        mean, std = self._moments[images.device]
         return ((images + 1) / 2 - mean) / std
 
     def forward(self, pixels):
@@ -242,7 +246,7 @@ class DINOv3(nn.Module):
             raise ValueError(f"{H} x {W} pixels is not a multiple of the patch size {self.patch}")
         key = H // self.patch, W // self.patch, pixels.device
         if key not in self._rope:
-            with torch.inference_mode(False):     # they are kept, for calls with gradients too
+            with torch.inference_mode(False):     # cached, for calls with gradients too
                 self._rope[key] = [t.to(pixels.device) for t in rope(*key[:2], self.periods)]
         x = self.patch_embed(pixels)                                          # (B, N, D)
         first = torch.cat([self.cls_token, self.storage_tokens], 1).expand(B, -1, -1)
@@ -263,8 +267,8 @@ def load_dino(source, device="cpu"):
     downloaded there (timm's copy, which needs no login; "hf:NAME" is Meta's own, which needs
     HF_TOKEN); a .pth, .pt, .bin or .safetensors file in the layout of Meta, transformers, timm or
     this project; or "timm:NAME", another encoder.
-    UserError: no such file, or one that does not fit, with every tensor that is missing, left over
-    or misshapen.
+    UserError: no such file, or one that does not fit, with every tensor that is missing, unexpected
+    or of the wrong shape.
     """
     source = str(source)
     if source.startswith("timm:"):

@@ -9,7 +9,7 @@ on cached latents, so no encoder runs in the loop.
     python dit.py --ae out/shapes --out out/mine --shift 1    # a second DiT on the same latents
 
 Reads ae.pt; writes out/<preset>/dit.pt (self-describing) and preview.png (always the same noise and
-classes, so that one sees it learn).
+classes, so that you can watch it learn).
 """
 import math, time
 from dataclasses import dataclass
@@ -39,12 +39,12 @@ class Config:
     ae: str = field("", "folder of stage 1's ae.pt; the same as --out if empty")
     size: str = field("tiny", "width, depth and heads; --dim, --depth and --heads override it",
                       ("tiny", "S", "B", "L", "XL"))
-    dim: int = field(0, "width; 0: what --size says")
-    depth: int = field(0, "number of blocks; 0: what --size says")
-    heads: int = field(0, "attention heads; 0: what --size says")
+    dim: int = field(0, "width; 0: from --size")
+    depth: int = field(0, "number of blocks; 0: from --size")
+    heads: int = field(0, "attention heads; 0: from --size")
     # ---- EDIT HERE for ablations: the flow ----
     shift: str = field("2.5", "time shift in training, above 1: more time near noise; auto: RAE's "
-                       "rule by the latent's size (code: 2.5)")
+                       "rule, by the size of the latent (code: 2.5)")
     sample_shift: str = field("4", "time shift in sampling, same convention (code: 6.67)")
     drop: float = field(0.1, "fraction of labels replaced by 'no class', for guidance (paper: 0.1)")
     # -------------------------------------------
@@ -58,7 +58,7 @@ class Config:
     beta2: float = field(0.99, "AdamW's beta 2 (paper: 0.999)")
     clip: float = field(1.0, "largest gradient norm; 0: no clipping (paper: 0)")
     ema: float = field(0.999, "decay of the averaged weights after warm-up (paper: 0.9999)")
-    cache: bool = field(True, "encode all training images once, to disk, or each batch as it comes")
+    cache: bool = field(True, "encode all training images once, to disk; otherwise each batch anew")
     preview_every: int = field(1000, "steps between preview images")
     seed: int = field(0, "all randomness is a function of (seed, step)")
     device: str = field("auto", "cuda, cpu, ...; auto takes a GPU if there is one")
@@ -97,7 +97,7 @@ SIZES = {                      # width, depth, heads; parameters at 392 channels
 PRESETS = {
     # 2 CPU cores (AMD EPYC), seed 0, 4.2 min: 10 steps, guidance 2: accuracy .941, Frechet 0.90.
     "shapes": dict(),
-    # 2 CPU cores, 3 s: noise, but every file.
+    # 2 CPU cores, 3 s: barely trained, but writes every file.
     "debug": dict(dim=128, depth=1, heads=4, steps=20, batch=32, warmup=5, save_every=10,
                   preview_every=20),
     # The paper's optimizer and shifts, its size B. Not trained here: no weights, no photographs.
@@ -117,7 +117,7 @@ def check_shift(flag, text):
 
 
 def resolve_shift(text, ae):
-    """A shift flag -> the number, for the latents of an autoencoder."""
+    """A shift flag -> its value, for the latents of an autoencoder."""
     if text != "auto":
         return float(text)
     return auto_shift((ae.image_size // ae.patch) ** 2, ae.latent_dim)
@@ -151,7 +151,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a modulated norm and a gate that starts at zero."""
+    """Attention and MLP, each after a modulated norm and before a gate that starts at zero."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -176,7 +176,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """The velocity network.  Label `classes` means no class.  Untrained it predicts zero."""
+    """The velocity network.  Label `classes` means no class.  Before training it predicts zero."""
 
     def __init__(self, channels, classes, dim=192, depth=6, heads=6):
         super().__init__()
@@ -220,7 +220,7 @@ class DiT(nn.Module):
 
 
 def load_dit(path, device="cpu"):
-    """dit.pt -> DiT holding the EMA weights, in eval mode, with `sample_shift`, `step`, and the
+    """dit.pt -> DiT with the EMA weights, in eval mode, with `sample_shift`, `step`, and the
     `ae_fingerprint` and `ae_folder` of the autoencoder whose latents it learned.  UserError."""
     checkpoint = config.load_kind(path, "dit", "python dit.py")
     c = checkpoint["config"]
@@ -234,14 +234,14 @@ def load_dit(path, device="cpu"):
 def check_pair(model, ae):
     """UserError unless the DiT learned the latents of this autoencoder."""
     if getattr(model, "ae_fingerprint", None) not in (None, getattr(ae, "fingerprint", None)):
-        raise UserError("the DiT learned the latents of another autoencoder than this ae.pt; "
+        raise UserError("the DiT learned the latents of another autoencoder, not of this ae.pt; "
                         "`python dit.py --overwrite` trains it on these")
 
 # ---------------------------------------------------------------- train
 
 
 def train(c):
-    """Run or resume stage 2 as its Config says -> the DiT holding the EMA weights."""
+    """Run or resume stage 2 with a Config -> the DiT with the EMA weights."""
     device, autocast = config.setup(c.device, precision=c.precision)
     out, folder = Path(c.out), Path(c.ae or c.out)
     path = out / "dit.pt"
@@ -289,7 +289,7 @@ def train(c):
         scaler.step(optimizer)
         scaler.update()
         with torch.no_grad():
-            # the average's memory grows with the run, so that it forgets the random start
+            # EMA warm-up: the decay starts low, so that the random initial weights are forgotten
             weight = 1 - min(c.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
         by_time.add(losses, t)
@@ -301,7 +301,7 @@ def train(c):
         if (step + 1) % c.preview_every == 0:
             preview(out / "preview.png", ema, ae, sample_shift, device, autocast)
     save(c.steps)
-    config.wait_for_ranks()                                        # all read the file below
+    config.wait_for_ranks()                                        # every rank reads it below
     preview(out / "preview.png", ema, ae, sample_shift, device, autocast)
     seconds = time.time() - began
     print(f"seconds: {seconds:.0f}\nloss: {by_time}\n"
@@ -354,7 +354,8 @@ def gradients(model, x1, y, pair, micro_batch, autocast, scaler=config.UNSCALED)
 
 class LossByTime:
     """The mean loss since it was last shown, over all t and by quarter of t: the total has a high
-    floor and hardly moves, the quarters do.  Only `str` waits, for the device and all ranks."""
+    floor and changes little; the quarters show more.  Only `str` waits for the device and
+    all ranks."""
 
     def __init__(self, device):
         self.bins, self.text = torch.zeros(2, 4, device=device), "-"          # sum and count
@@ -376,7 +377,7 @@ class LossByTime:
 
 
 def announce(c, device, model, ae, count, shift):
-    """What is about to run, in three lines, and a warning."""
+    """Print what is about to run, in three lines, and a warning if the DiT is too narrow."""
     print(f"stage 2 on {config.describe(device, c.precision)}; latents of {count:,} images, "
           f"{ae.latent_dim} channels ({ae.config.latent}), {len(ae.class_names)} classes\n"
           f"DiT {c.size}: width {c.dim}, depth {c.depth}, {c.heads} heads, "

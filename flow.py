@@ -1,11 +1,11 @@
-"""Flow matching, the whole of it.  It knows nothing about networks or images.
+"""All of flow matching.  Nothing here knows about networks or images.
 
     t = 0 is noise, t = 1 is data             x_t = (1 - t) x0 + t x1,   x0 ~ N(0, I)
     the velocity to learn is                  v = x1 - x0                (constant along a path)
     the sampler starts at noise and adds      x <- x + (t' - t) v(x, t)
     shift s > 1 spends more time near noise   t -> t / (t + s (1 - t))
 
-The paper writes time the other way round (its t = 0 is data); the authors' code does as here.
+In the paper time runs the other way (its t = 0 is data); the authors' code does the same as here.
 A `model` is any function (x (B, ...), t (B,), *cond) -> velocity (B, ...).
 """
 import math
@@ -17,7 +17,7 @@ def shift_time(t, s):
     """t / (t + s (1 - t)) on [0, 1]: the identity at s = 1, closer to noise for s > 1.
 
     The authors' 0.4 (training) and 0.15 (sampling) are s = 2.5 and 6.67; SD3 and RAE call this s
-    alpha and let time run from data to noise.
+    alpha, and in both time runs from data to noise.
     """
     return t / (t + s * (1 - t))
 
@@ -28,7 +28,7 @@ def auto_shift(tokens, channels):
 
 
 def draw(x1, shift=1.0, generator=None):
-    """The random half of a training pair, for data x1 (B, ...) -> noise x0 (B, ...), times t (B,),
+    """Draw noise and times for data x1 (B, ...) -> noise x0 (B, ...), times t (B,), which are
     uniform on [0, 1] and then shifted."""
     # ---- EXERCISE 1: times from a logit-normal ----
     t = shift_time(torch.rand(len(x1), generator=generator, device=x1.device), shift)
@@ -38,8 +38,9 @@ def draw(x1, shift=1.0, generator=None):
 def flow_loss(model, x1, *cond, shift=1.0, generator=None, pair=None):
     """The flow-matching loss of a batch of data x1 (B, ...) -> per-sample loss (B,), t (B,).
 
-    The times are returned so that the loss can be shown by time: the total has a floor well above
-    zero and hardly moves.  generator: makes noise and times repeatable; pair: a result of `draw`.
+    The times are returned so that the loss can be reported by time: its mean over all times has a
+    floor well above zero and changes little.  generator: makes noise and times reproducible; pair:
+    the output of `draw`, if the caller has drawn already.
     """
     x0, t = pair or draw(x1, shift, generator)
     at = t.view(-1, *[1] * (x1.dim() - 1)).to(x1.dtype)
@@ -49,11 +50,11 @@ def flow_loss(model, x1, *cond, shift=1.0, generator=None, pair=None):
 
 
 def guided(model, y, null, scale, t_range=(0.0, 1.0)):
-    """Classifier-free guidance v_null + scale (v_y - v_null), every channel -> velocity(x, t).
+    """Classifier-free guidance v_null + scale (v_y - v_null), on all channels -> velocity(x, t).
 
     y (B,) classes; null: the index that means no class; t_range: outside lo <= t <= hi the plain
-    conditional model is used.  At scale 1 and outside the range a step costs one evaluation,
-    otherwise two, batched into one call of size 2B.
+    conditional model is used.  At scale 1 or outside the range, velocity(x, t) evaluates the model
+    once, otherwise twice, batched into one call of size 2B.
     """
     nothing = torch.full_like(y, null)
 
@@ -86,7 +87,7 @@ def _state(x):
 @torch.no_grad()
 def euler(velocity, x, steps, shift=1.0, callback=None):
     """Integrate from noise x (B, ...) at t = 0 to data at t = 1: `steps` model calls on steps + 1
-    times.  callback(i, t, x), if any, sees every state, the first and the last included."""
+    times.  callback(i, t, x), if given, sees every state, including the first and the last."""
     x, at = _state(x), times(steps, shift)
     for i in range(steps):
         if callback:

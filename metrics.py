@@ -1,14 +1,14 @@
-"""How good is it: the numbers, as pure functions of tensors, and the rulers of `shapes`.
+"""Metrics, as pure functions of tensors, and the rulers that score samples of `shapes`.
 
 Images against images: `psnr`, `ssim`.  Sets of features against each other: `frechet`, `kid`,
 `energy_distance`, `precision_recall`.  Features against labels: `knn`, `linear_probe`.  They use no
-randomness, compute in float64 whatever the precision around them, and raise ValueError for wrong
+randomness, compute in float64 even under autocast, and raise ValueError for wrong
 shapes or dtypes, NaN, or fewer rows than the formula needs.
 
 `Rulers` scores generated `shapes` by features that share nothing with the encoder, so the model
 under test cannot influence its own score.  The paper's FID and rFID (Tables 1 and 3) are `frechet`
-on Inception features; ours are on other features, so the numbers compare with each other and not
-with the paper's.
+on Inception features; ours are on other features, so our numbers are comparable with each other but
+not with the paper's.
 """
 import math
 from pathlib import Path
@@ -27,7 +27,7 @@ def _double(a, b):
     """Both as float64 on a's device, without gradient: immune to autocast and TF32."""
     device = "cpu" if a.device.type == "mps" else a.device          # Apple's GPUs have no float64
     a, b = (x.detach().to(device).double() for x in (a, b))
-    require(a.isfinite().all() and b.isfinite().all(), "the input holds NaN or infinity")
+    require(a.isfinite().all() and b.isfinite().all(), "the input contains NaN or infinity")
     return a, b
 
 
@@ -40,7 +40,7 @@ def _images(a, b):
 
 
 def _features(a, b, least=(2, 2)):
-    """Two sets of features, with at least so many rows -> float64 (n, d), (m, d)."""
+    """Two sets of features, with at least `least` rows -> float64 (n, d), (m, d)."""
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     require(a.dim() == b.dim() == 2 and a.shape[1] == b.shape[1] > 0 and len(a) >= least[0]
             and len(b) >= least[1], f"needs features (n, d) and (m, d), n >= {least[0]} and "
@@ -73,14 +73,14 @@ def ssim(a, b):
     """Structural similarity of images (B, 3, H, W) in [-1, 1] -> (B,), at most 1; paper, Table 3.
 
     Wang et al. 2004, eq. 13: Gaussian window of 11 x 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03,
-    only where the window fits; the mean over places and channels.
+    only where the window fits; the mean over positions and channels.
     """
     a, b, dtype = _images(a, b)
     require(min(a.shape[2:]) >= 11,
             f"{a.shape[2]} x {a.shape[3]} pixels are fewer than SSIM's 11 x 11 window")
     bell = (-(torch.arange(11.0, dtype=a.dtype) - 5) ** 2 / (2 * 1.5 ** 2)).exp()
     bell = bell / bell.sum()
-    # The window at every place where it fits, as a matrix: two matrix products are a separable
+    # The window at every position where it fits, as a matrix: two matrix products are a separable
     # filter, and float64 products are fast where float64 convolutions are not.
     down, across = (torch.stack([F.pad(bell, (i, side - 11 - i)) for i in range(side - 10)]).to(a)
                     for side in a.shape[2:])
@@ -103,7 +103,7 @@ def frechet(a, b):
 
     |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2), with A, B the covariances (Heusel et al.
     2017, eq. 6).  Biased upwards for few rows: compare only at equal n, and report real against
-    real beside it.
+    real as well.
     """
     def root(A):
         w, v = torch.linalg.eigh(A)                       # eigenvalues below 0 are rounding
@@ -161,10 +161,10 @@ def energy_distance(a, b):
 def precision_recall(real, fake, k=3):
     """Fidelity and diversity apart: features (n, d), (m, d) -> (precision, recall), in [0, 1].
 
-    Kynkaanniemi et al. 2019 (arXiv 1904.06991), eq. 1-2.  Around each row of a set lies a ball that
-    reaches to its k-th nearest other row.  Precision is the share of fake rows inside any ball of
-    the real set, recall the share of real rows inside any ball of the fake set.  Both depend on n
-    and m: compare only at equal numbers.
+    Kynkaanniemi et al. 2019 (arXiv 1904.06991), eq. 1-2.  Each row of a set is the center of a ball
+    that reaches to its k-th nearest other row.  Precision is the fraction of fake rows inside any
+    ball of the real set, recall that of real rows inside any ball of the fake set.  Both depend on
+    n and m: compare only at equal numbers.
     """
     def covered(x, y, chunk=1000):
         # The smallest distance within y is that of a row to itself, hence k + 1.
@@ -239,7 +239,7 @@ JUDGE = Path(__file__).resolve().parent / "weights" / "judge.pt"
 
 
 class Judge(nn.Module):
-    """A plain CNN that names the shape: three stages of two convolutions, the second of stride 2.
+    """A plain CNN that classifies shapes: three stages of two convolutions, the second of stride 2.
 
     width: channels of the first stage, d = 4 * width features; size: side of the training images;
     outputs: the classes, and after them the factors that weights/factors.pt predicts.
@@ -283,7 +283,7 @@ def extract(network, images, device="cpu", batch=100):
     require(images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3
             and len(images), "images must be uint8 (M, 3, H, W), not "
             f"{images.dtype} {tuple(images.shape)}")
-    with torch.autocast(torch.device(device).type, enabled=False):      # float32, whoever calls
+    with torch.autocast(torch.device(device).type, enabled=False):      # float32 for any caller
         return torch.cat([network(x.to(device).float() / 127.5 - 1).cpu()
                           for x in images.split(batch)])
 
@@ -299,7 +299,7 @@ def judge_images(judge, images, batch=100):
 
 def random_features(images):
     """Images (B, 3, H, W) in [-1, 1] -> (B, 384): each channel's mean and standard deviation after
-    each of three stages of a CNN that nobody trained.  They see colors, textures and edges."""
+    each of three stages of an untrained CNN.  They see colors, textures and edges."""
     g, x, last, found = torch.Generator().manual_seed(0), images, 3, []
     for wide in (32, 64, 96):
         weight = torch.randn(wide, last, 3, 3, generator=g) / math.sqrt(9 * last)
@@ -315,16 +315,16 @@ def color_grid(images):
 
 
 class Rulers:
-    """Scores generated shapes beside `real` ones, uint8 (m, 3, H, W), with m not below n.
+    """Scores generated shapes against `real` ones, uint8 (m, 3, H, W), m >= n.
 
     (uint8 images (n, 3, H, W), the requested classes (n,)) -> dict of n and
-    accuracy: the share that the judge recognizes as the requested class;
+    accuracy: the fraction that the judge recognizes as the requested class;
     frechet, factors, conv, color: Frechet distances of features, from the judge (which learned to
     ignore all but the shape), from the same CNN trained to predict every factor, `random_features`
     divided by their standard deviations on `real`, and `color_grid`;
-    precision, recall, kid: in the same random features, beside the first n of `real`.
+    precision, recall, kid: in the same random features, against the first n of `real`.
 
-    None of them means anything without its floor, the score of real images at equal n.
+    Compare each with its floor, the score of real images at equal n.
     """
 
     def __init__(self, real, device="cpu"):

@@ -1,4 +1,4 @@
-"""Stage 3: from noise to images, and their scores.
+"""Stage 3: draw images from noise and score them.
 
     python sample.py                              # 14 s on two CPU cores: a grid and its scores
     python sample.py --sweep 1,2,3,5,10,25,50     # how few steps are enough: images and a table
@@ -8,7 +8,7 @@
 Reads out/<preset>/dit.pt and its autoencoder; writes samples.png, sweep.png and sweep.tsv (the
 paper's Figure 8a and Table 2a), trajectory.gif and samples.npz to the same folder.  Samples of
 `shapes` are scored by the rulers of metrics.py, which share nothing with the encoder.  NFE is the
-number of model evaluations per sample; a guided step costs two.
+number of model evaluations per sample; a guided Euler step needs two.
 
 For editing and interpolation see `python -m lab.edit --help`.
 """
@@ -38,7 +38,7 @@ SAMPLERS = dict(euler=euler, heun=heun)
 @dataclass
 class Config:
     """Stage 3."""
-    preset: str = field("shapes", "whose folder to read when --out is not given")
+    preset: str = field("shapes", "the preset whose folder is read if --out is empty")
     out: str = field("", "the folder that stage 2 wrote; out/<preset> if empty")
     steps: int = field(10, "sampler steps")
     scale: float = field(2.0, "guidance scale; 1: no guidance")
@@ -47,13 +47,13 @@ class Config:
     shift: str = field("", "time shift of the steps, a number or auto; empty: the DiT's own")
     sampler: str = field("euler", "heun is second order, with two evaluations per step",
                          tuple(SAMPLERS))
-    seed: int = field(0, "of the noise; the same at any number of steps")
-    classes: str = field("", "names or numbers with commas between; if empty all, ten at most")
+    seed: int = field(0, "seed of the noise; the noise is the same for any number of steps")
+    classes: str = field("", "comma-separated names or numbers; empty: all, ten at most")
     columns: int = field(16, "images per class in the grid")
     n: int = field(1000, "samples to score (shapes only); 0: none")
     sweep: tuple = field((), "numbers of steps to compare: a grid and a table")
     gif: bool = field(False, "write the trajectories as an animation")
-    npz: int = field(0, "write this many samples, classes in equal parts, to samples.npz")
+    npz: int = field(0, "write this many samples, balanced over the classes, to samples.npz")
     batch: int = field(250, "samples at a time")
     device: str = field("auto", "cuda, cpu, ...; auto uses a GPU when there is one")
     precision: str = field("auto", "of the networks; auto: bf16 where it is fast, fp16 on a GPU "
@@ -73,7 +73,7 @@ class Config:
 
 PRESETS = {
     "shapes": dict(),          # 2 CPU cores, 14 s, seed 0: accuracy .941, Frechet 0.90
-    "debug": dict(steps=2, columns=2, n=100),              # noise, but every path runs
+    "debug": dict(steps=2, columns=2, n=100),              # noise, but all code runs
     "imagenette": dict(steps=25, columns=4, batch=16),     # not run on real weights
 }
 
@@ -96,7 +96,7 @@ def load(out, device="cpu"):
 
 
 def draw_noise(model, ae, n, seed):
-    """The starting points of n samples, (n, C, h, w), on the CPU: the same for every device."""
+    """The starting points of n samples, (n, C, h, w), on the CPU: the same on every device."""
     side = ae.image_size // ae.patch
     return torch.randn(n, model.channels, side, side, generator=config.generator(seed))
 
@@ -109,7 +109,7 @@ def generate(model, ae, labels, steps=10, scale=1.0, shift=None, seed=0, sampler
     model, ae: from `load`; labels: int64 (B,), `model.classes` means no class; steps, sampler,
     scale, t_range: as in flow.py; shift: of the times, None for the model's own; seed: of the
     noise, unless `noise` (B, C, h, w) is given; batch: samples at a time; callback(start, i, t, x)
-    sees the states of the samples from `start` on; precision: of the networks.
+    gets the states of the samples from `start` on; precision: of the networks.
 
     Raises ValueError for labels outside 0..classes, UserError if `model` was trained on the latents
     of another autoencoder.
@@ -160,7 +160,7 @@ def balanced_labels(classes, n):
 
 # ---------------------------------------------------------------- scores
 
-# a key of `Rulers` and its name in what is printed
+# a key of `Rulers` and the name under which it is printed
 SCORES = dict(accuracy="accuracy", frechet="frechet", factors="factors_frechet",
               conv="conv_frechet", color="color_frechet", precision="precision", recall="recall",
               kid="kid")
@@ -168,8 +168,8 @@ SCORES = dict(accuracy="accuracy", frechet="frechet", factors="factors_frechet",
 
 
 class Scorer(Rulers):
-    """Scores samples of `shapes`, (uint8 (n, 3, S, S), labels (n,)), beside 5,000 training images;
-    and their floors."""
+    """Scores samples of `shapes`, (uint8 (n, 3, S, S), labels (n,)), against 5,000 training
+    images, and measures the floors."""
 
     def __init__(self, ae, device="cpu", precision="auto"):
         train, _, _ = load_images("shapes", ae.image_size)
@@ -204,7 +204,7 @@ def main(argv=None):
     draw = partial(measure, model, ae, **options)       # labels -> images, seconds, NFE
     print(f"stage 3 on {config.describe(device, c.precision)}; DiT of step {model.step}; {c.steps} "
           f"{c.sampler} steps, guidance {c.scale:g}, shift {shift:g}, seed {c.seed}")
-    if config.rank() == 0:                              # torchrun's processes share --npz only
+    if config.rank() == 0:                              # under torchrun only --npz is shared out
         show(c, draw, ae, classes, device)
         if c.gif:
             trajectory(out / "trajectory.gif", draw, ae, classes, c.steps, autocast)

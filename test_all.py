@@ -881,7 +881,7 @@ def test_missing_files_and_wrong_pairs_say_which_command_helps(work, tmp_path):
     shutil.copy(debug / "ae.pt", tmp_path)
     one_line(call(sample, "--out", tmp_path, cwd=work), "dit.pt", "python dit.py")
     shutil.copy(debug / "dit.pt", tmp_path / "ae.pt")
-    one_line(call(dit, "--out", tmp_path, cwd=work), "holds dit, not ae")
+    one_line(call(dit, "--out", tmp_path, cwd=work), "contains dit, not ae")
     one_line(call(ae, "--device", "abacus", "--preset", "debug", cwd=work), "--device abacus")
     one_line(call(ae, "--data", tmp_path / "no", "--out", tmp_path / "o", cwd=work), "--data")
     torch.save({**config.load(debug / "ae.pt"), "fingerprint": "00000000"}, tmp_path / "ae.pt")

@@ -3,16 +3,16 @@
     python toy_flow.py                   28 s on one CPU core; a GPU would not help
     python toy_flow.py --preset debug    the same path in a few seconds
 
-The targets are sixteen small Gaussians on a 4 x 4 grid, the source is the noise N(0, I) among
-them.  Only the labels of the targets change:
+The targets are sixteen small Gaussians on a 4 x 4 grid; the source is noise from N(0, I), centered
+among them.  Only the labels of the targets change:
 
-    separable   each of four classes owns one quadrant (as in DINO's space: classes lie apart)
+    separable   each of four classes owns one quadrant (as in DINO's features: classes are apart)
     entangled   each class owns one cell in every row, column and quadrant (as in a VAE's)
     mix m       a point has its entangled label with probability m, else its separable one
 
-The flow is conditioned on the class.  Without it the two problems are identical, and no difference
-could show.  Its velocity comes twice: in closed form (exact for a mixture of Gaussians) and from a
-small MLP, both through `flow_loss`, `guided` and `euler` of flow.py.
+The flow is conditioned on the class; without conditioning, the problems would be identical.  The
+velocity is computed in two ways: in closed form (exact for a mixture of Gaussians) and by a small
+MLP, both through `flow_loss`, `guided` and `euler` of flow.py.
 
 Writes out/toy/toy_flow.png, toy_flow.gif and toy_flow.tsv.
 """
@@ -38,13 +38,13 @@ class Config:
     out: str = field("out/toy", "folder for the figure, the animation and the table")
     steps: int = field(1000, "training steps of each MLP")
     batch: int = field(512, "points per training step")
-    samples: int = field(2000, "points integrated to measure, over all four classes")
+    samples: int = field(2000, "points integrated for the measurements, over all four classes")
     seeds: int = field(5, "repetitions: data, noise and initial weights all change")
     seed: int = field(0, "the first of the seeds")
     scale: float = field(1.0, "classifier-free guidance; 1 is the plain conditional model")
 
     def check(self):
-        """ValueError for what cannot be run."""
+        """ValueError for impossible values."""
         for name, least in dict(steps=1, batch=1, samples=40, seeds=1, seed=0).items():
             require(getattr(self, name) >= least, f"--{name} must be at least {least}")
         require(0 <= self.scale <= 10, "--scale must lie between 0 and 10")
@@ -66,14 +66,14 @@ SPREAD = 0.15                                         # standard deviation of a 
 # The class of each cell, row by row from the top.
 # ---- EXERCISE 4: half entangled ----
 SEPARABLE = torch.tensor([0, 0, 1, 1,  0, 0, 1, 1,  2, 2, 3, 3,  2, 2, 3, 3])
-# A small Sudoku, as even as sixteen cells allow: every class has its mean at the origin.  One Euler
-# step always ends at the class mean, so here it is useless.
+# A small Sudoku, as even as sixteen cells allow: the mean of every class is the origin.  A single
+# Euler step always ends at the class mean, so here it is useless.
 ENTANGLED = torch.tensor([0, 1, 2, 3,  2, 3, 0, 1,  1, 0, 3, 2,  3, 2, 1, 0])
-MIXES = (0.0, 0.3, 0.6, 1.0)                          # the figure needs 0 and 1 among them
+MIXES = (0.0, 0.3, 0.6, 1.0)                          # must include 0 and 1, for the figure
 STEPS = (1, 2, 3, 5, 10, 20)
 
 CLASSES, NULL = 4, 4                                  # NULL: the index that means "no class"
-FINE = 200                                            # steps that stand for the true solution
+FINE = 200                                            # steps of the reference solution
 MEASURE = 10 ** 9                                     # a "step" for rng that no training reaches
 
 
@@ -87,7 +87,7 @@ def points(n, mix, rng):
 
 
 def cell_weights(mix):
-    """p(cell | class) -> (5, 16); the last row, no class, is uniform whatever the labels."""
+    """p(cell | class) -> (5, 16); the last row, for no class, is always uniform."""
     sep, ent = (nn.functional.one_hot(a, CLASSES).T / 4 for a in (SEPARABLE, ENTANGLED))
     return torch.cat([(1 - mix) * sep + mix * ent, torch.full((1, 16), 1 / 16)])
 
@@ -114,7 +114,7 @@ class Exact:
 
 
 class MLP(nn.Module):
-    """The learned velocity: place and time, plus an embedding of the class."""
+    """The learned velocity: position and time, plus an embedding of the class."""
 
     def __init__(self, width=64):
         super().__init__()
@@ -128,8 +128,8 @@ class MLP(nn.Module):
 
 
 def train(mix, seed, steps, batch):
-    """-> an MLP trained on one labeling; seed decides points, noise, times and initial weights."""
-    torch.manual_seed(seed)                               # for the initial weights alone
+    """-> an MLP trained on one labeling; seed determines points, noise, times, initial weights."""
+    torch.manual_seed(seed)                               # for the initial weights only
     model = MLP()
     opt = torch.optim.Adam(model.parameters(), fused=True)
     for step in range(steps):
@@ -160,7 +160,7 @@ def measure(model, mix, seed, samples, scale):
     x0 = torch.randn(len(y), 2, generator=rng)
     cells = cell_weights(mix)[:CLASSES].multinomial(2 * each, True, generator=rng)
     real = CENTERS[cells] + SPREAD * torch.randn(*cells.shape, 2, generator=rng)
-    real, again = real.split(each, 1)                     # two samples (4, n / 4, 2): the floor
+    real, again = real.split(each, 1)                     # two samples (4, n / 4, 2) for the floor
     velocity, path = guided(model, y, NULL, scale), []
     fine = euler(velocity, x0, FINE, callback=lambda i, t, x: path.append(x))
     path = torch.stack(path)
@@ -174,7 +174,7 @@ def measure(model, mix, seed, samples, scale):
                  straightness=straight.mean().item())
 
     def apart(x, y):
-        """Class by class: pooled, a point that lands in another class would go unpunished."""
+        """Class by class: if pooled, a point that ends in another class would not count."""
         return float(np.mean([energy_distance(a, b) for a, b in zip(x.view_as(y), y)]))
     for n in STEPS:
         x = euler(velocity, x0, n)
@@ -228,7 +228,7 @@ def flow_panel(side, shown, each=14, now=FINE, tail=FINE, dot=3.4, every=2):
 
 
 def field_panel(side, shown, c):
-    """The mean velocity of all paths of class c in each place, over the whole time."""
+    """The mean velocity of all paths of class c at each position, over all times."""
     y, path, x1, labels = shown
     plane, path = Plane(side, EXTENT), path[:, y == c]
     plane.dots(x1[labels == c], COLORS[c] + "58", 1.6)
@@ -251,7 +251,8 @@ def figure(shown, table):
         for c in range(CLASSES):
             canvas.paste(field_panel(131, shown[mix], c), left + 143 * c, 734)
         canvas.text(left, 876, "mean velocity at each place, one class at a time", 19, GRAY)
-    # Unbiased, the floor is 0 up to chance: its mean plus one deviation, of the worse labeling.
+    # Unbiased, the floor is 0 up to chance; shown is its mean plus one standard deviation, or the
+    # larger of the two labelings'.
     floor = max(np.nan_to_num(table["exact", mix, "floor"]).sum() for mix in SIDES)
     for top, title, key, limits, shade in (
             (80, "distance to the 200-step solution", "rmse", (0.02, 4), None),
@@ -275,7 +276,7 @@ def animation(shown, frames=40):
             canvas.paste(flow_panel(380, shown[mix], 50, now, min(now, 14), 2.6, 6), left, 44)
         canvas.line([(10, 436), (10 + 780 * now / FINE, 436)], INK, 3)
         images.append(canvas.done())
-    # One palette for all and no dithering: pixels that do not change cost no bytes.
+    # One palette for all frames and no dithering: pixels that do not change take no bytes.
     palette = images[frames // 2].quantize(64)
     return [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
 
@@ -301,9 +302,9 @@ def main(argv=None):
           f"{c.steps} steps of {c.batch}; cpu x 1 thread, float32")
     table, shown = experiment(c)
     print(f"\nmean +- standard deviation over {c.seeds} seeds, {c.samples} points each")
-    show("within a class; both are 1 at best", table, ["consistency", "straightness"])
-    show(f"distance to the {FINE}-step solution from the same noise, by Euler steps (root mean "
-         "square; noise has 1 per axis)", table, [f"rmse@{n}" for n in STEPS])
+    show("within a class; both are at most 1", table, ["consistency", "straightness"])
+    show(f"distance to the {FINE}-step solution from the same noise, by Euler steps (root "
+         "mean square; the noise has a std of 1 per axis)", table, [f"rmse@{n}" for n in STEPS])
     show("energy distance to real points of the class, by Euler steps; floor: real against real",
          table, [f"energy@{n}" for n in (*STEPS, FINE)] + ["floor"])
 
@@ -321,7 +322,7 @@ def main(argv=None):
             for key in ("consistency", "straightness", "rmse@5"):
                 print(f"{kind}_{name.split(':')[0]}_{key.replace('@', '_')}: "
                       f"{table[kind, mix, key][0]:.3f}")
-    print(f"seconds: {time.time() - start:.0f}\npicture: {out / 'toy_flow.png'}")
+    print(f"seconds: {time.time() - start:.0f}\nimage: {out / 'toy_flow.png'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checks the exercises of exercises/README.md: by what the code does, never by what it looks like.
+"""Checks the exercises of exercises/README.md by what the code does, not by how it is written.
 
     python exercises/check.py             # the numbers and titles
     python exercises/check.py 2 10        # solved, or the first thing that is missing
@@ -255,7 +255,7 @@ def exercise_6():
 
 @torch.no_grad()
 def exercise_7():
-    """The loss is a taste"""
+    """Choosing a loss"""
     x, found = data.to_float(data.shapes(500, 32, 1)[0].numpy(), slice(None)), []
     for name in ("l1", "l2"):
         assert (OUT / name / "ae.pt").is_file(), f"out/{name}/ae.pt does not exist"
@@ -321,7 +321,7 @@ def exercise_9():
 
 
 def exercise_10():
-    """The right amount of nothing"""
+    """Rescaling the unconditional velocity"""
     assert hasattr(flow, "guided_star"), "flow.guided_star does not exist"
     rng, rows, factors = generator(0), [], torch.tensor([1.0, 3.0, 0.2, 0.0])
     v_y = torch.randn(4, 6, 3, 3, generator=rng)
@@ -355,7 +355,7 @@ def exercise_10():
 
 
 def exercise_11():
-    """A worse self as the guide"""
+    """Guidance by a weaker model"""
     known = "weak" in inspect.signature(sample.generate).parameters
     assert known, "sample.generate has no argument weak"
     strong, weak, labels = Stub(lambda y: 3), Stub(lambda y: 10), torch.tensor([1, 2, 3, 4, 5])

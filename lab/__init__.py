@@ -1,1 +1,1 @@
-"""What one runs beside the three stages: `python -m lab.NAME` from the root of the project."""
+"""Experiments and tools around the three stages: run `python -m lab.NAME` in the project root."""

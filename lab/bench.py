@@ -4,15 +4,15 @@
     python -m lab.bench --preset imagenette    # the paper's sizes, random weights: for a GPU
     python -m lab.bench --growth               # results/growth.tsv and assets/growth.png
 
-Nothing is downloaded: images are noise, and so are all weights but the tiny encoder's.  The rows
-call what the stages call.  Machines are noisy: compare numbers of one run only.
+Nothing is downloaded: images are noise, and all weights but the tiny encoder's are random.  Rows
+call the functions of the stages.  Timings are noisy: compare only numbers from one run.
 
     TFLOP/s    multiplications and additions of the model as written; recomputation does not count
-    of rate    share of the rate of a large matrix product, measured here in the same precision
+    of rate    fraction of the rate of a large matrix product, measured here in the same precision
     memory     peak while the row ran: of the process on a CPU, of the allocator on a GPU
     largest    largest batch that fits, found by doubling (GPU only)
-    float32    img/s without autocast (on a GPU with TF32 products): what to expect of a CPU without
-               bfloat16; ratio: how many times as fast the row is with autocast
+    float32    img/s without autocast (on a GPU with TF32 products): the mode of a CPU
+               without bfloat16; ratio: how many times as fast the row is with autocast
 """
 import contextlib, functools, gc, importlib, json, math, os, resource, statistics, sys, time
 from dataclasses import dataclass
@@ -79,9 +79,9 @@ def seconds(work, repeats, device):
 
 
 def operations(step, autocast):
-    """FLOP per image of step(batch, autocast): what a second image adds, so that the optimizer's,
-    which Muon has, do not count.  Attention counts as its plain products: fused kernels recompute
-    some, and torch does not count the one for CPUs at all."""
+    """FLOP per image of step(batch, autocast): what a second image adds, so that those of
+    the optimizer (Muon) do not count.  Attention counts as its plain products: fused kernels
+    recompute some, and torch does not count the one for CPUs at all."""
     total = []
     for batch in (1, 2):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -166,7 +166,7 @@ class Models:
 
     def dit(self, shape):
         """A DiT of (width, depth, heads).  OutOfMemoryError: training it would take half of the
-        computer's memory (weights, average, gradient, two moments), which then may end any process.
+        computer's memory (weights, average, gradient, two moments), which may end any process.
         """
         need = 20 * 18 * shape[0] ** 2 * shape[1]
         if self.device.type == "cpu" and need > os.sysconf("SC_PAGE_SIZE") * os.sysconf(
@@ -253,7 +253,7 @@ def stages(m):
     for k in dict.fromkeys([d.size, "XL" if m.c.preset == "imagenette" else d.size]):
         yield (f"{steps} guided steps, {k}", d.batch, lambda k=k: sampling(m, shapes[k], steps),
                flops[k] / 3 * 2 * steps)               # forward only, with the class and without
-    # the largest last: on a CPU the allocator keeps what it once had
+    # the largest last: on a CPU the allocator does not return its memory
     for k in shapes if m.c.preset != "debug" else [d.size]:
         yield f"DiT step, {k}", d.batch, lambda k=k: dit_step(m, shapes[k], m.side), flops[k]
 
@@ -281,13 +281,13 @@ def measure(m, name, batch, build, flops, rate, dtype):
     call would take over 10 seconds (not on a GPU)."""
     row, gpu = dict(stage=name, batch=batch), m.device.type == "cuda"
     estimate = lambda: 0 if gpu else 3 * batch * flops / rate       # at a third of the matrix rate
-    gc.collect()                                          # frees the row before
+    gc.collect()                                          # frees the previous row
     try:
         if estimate() <= 10:
             step = build()
             flops = operations(step, m.autocast)
         if estimate() > 10:
-            return dict(row, not_run=f"about {estimate():,.0f} s a call on this device")
+            return dict(row, not_run=f"about {estimate():,.0f} s per call on this device")
         if gpu:
             row["largest_batch"] = largest_batch(lambda batch: step(batch, m.autocast), batch)
             batch = row["batch"] = min(batch, row["largest_batch"])

@@ -34,10 +34,10 @@ COVER = 1.5                    # a token is entirely free if the mask covers 1 /
 @dataclass
 class Config:
     """Editing and interpolation."""
-    preset: str = field("shapes", "whose folder to read when --out is not given")
+    preset: str = field("shapes", "the preset whose folder is read if --out is empty")
     out: str = field("", "the folder that stage 2 wrote; out/<preset> if empty")
     edit: str = field("", "the image file to edit; held-out: measure on held-out shapes")
-    to: str = field("", "the class to change to; for held-out, empty means any other")
+    to: str = field("", "the class to change to; for held-out, empty: a random other one")
     mask: str = field("", "where to edit: x0,y0,x1,y1 in pixels of the image as cropped and "
                       "resized for the model, or an image file, white where to edit")
     source: str = field("", "the class that the image shows; empty: none")
@@ -45,18 +45,18 @@ class Config:
     blur: float = field(EDIT["blur"], "sigma of the mask's rim, in latent tokens")
     fade: float = field(EDIT["fade"], "the rim shrinks as (1 - t)^fade; 0: it stays")
     interpolate: bool = field(False, "draw and score paths between noises and between classes")
-    classes: str = field("", "of --interpolate: names or numbers with commas between, five at most")
+    classes: str = field("", "for --interpolate: comma-separated names or numbers, five at most")
     steps: int = field(10, "sampler steps")
     scale: float = field(0.0, "guidance scale; 0: 4 for --edit, 2 for --interpolate")
     n: int = field(0, "images to score; 0: 200 for held-out, 1000 for --interpolate")
-    seed: int = field(0, "of the noise")
+    seed: int = field(0, "seed of the noise")
     batch: int = field(250, "samples at a time")
     device: str = field("auto", "cuda, cpu, ...; auto uses a GPU when there is one")
 
     def check(self):
         """ValueError for impossible values."""
         require(self.interpolate != bool(self.edit),
-                "give one of --edit IMAGE, --edit held-out and --interpolate")
+                "give one of --edit IMAGE, --edit held-out or --interpolate")
         if self.edit not in ("", "held-out"):
             require(self.to and self.mask, f"--edit {self.edit} needs --to CLASS and --mask "
                     "x0,y0,x1,y1 or --mask FILE")
@@ -93,8 +93,8 @@ def edit(model, ae, images, masks, labels, steps=10, scale=EDIT["scale"], shift=
     t_edit makes no difference up to 0.2.
 
     An empty mask returns decode(encode(images)), because the kept states end with the latent
-    itself.  Outside any other mask the pixels are close to that but not equal: the decoder looks
-    across tokens, and the encoder is a ViT whose tokens outside have seen the old object (there are
+    itself.  Outside any other mask the pixels are close to that but not equal: the decoder mixes
+    tokens, and the encoder is a ViT whose tokens outside have attended to the old object (there are
     only 16 tokens on shapes).
     """
     check_pair(model, ae)
@@ -126,7 +126,7 @@ def latent_mask(masks, side, t, blur, fade):
     A token is as free as the fraction of it that the mask covers, times COVER: tokens are coarse,
     and the new object's edge must fit into them.  Around it a rim, the Gaussian blur of sigma
     `blur` tokens, is free near noise only, by (1 - t)^fade of its value: the surroundings may adapt
-    to the new object at first, and end as they were.
+    to the new object at first, but end as they were.
     """
     core = (COVER * F.adaptive_avg_pool2d(masks[:, None], side)).clamp(max=1)
     place = torch.arange(side, device=masks.device)
@@ -136,7 +136,7 @@ def latent_mask(masks, side, t, blur, fade):
 
 
 def measure_edit(model, ae, n=200, seed=0, to=None, batch=100, sheet=None, **options):
-    """Edit the first n held-out `shapes`, each inside its object's box, to another class.
+    """Change the class of the first n held-out `shapes`, each inside its object's box.
 
     to: the new class, None: for each image a random one that is not its own; sheet: a file for the
     first images; options: of `edit`.  -> dict of the fractions that the judge of metrics.py assigns
@@ -201,7 +201,7 @@ def read_mask(text, size):
         return mask
     mask = read("--mask", text, size).float().mean(0) / 255
     if not mask.max():
-        raise UserError(f"--mask {text}: is black all over; paint white where to edit")
+        raise UserError(f"--mask {text}: is entirely black; paint white where to edit")
     return mask
 
 
@@ -214,7 +214,7 @@ def choose_one(text, names, flag):
 
 
 def edit_held_out(c, model, ae, path, to, options):
-    """--edit held-out: prints what `measure_edit` finds."""
+    """--edit held-out: print the results of `measure_edit`."""
     if ae.config.data != "shapes":
         raise UserError(f"--edit held-out needs shapes, which has masks and a judge; {c.out} was "
                         f"trained on {ae.config.data}; name an image with --edit FILE")
@@ -246,7 +246,7 @@ def slerp(a, b, w):
 
     Each sample is one long vector: its direction turns at a constant rate, its length changes
     linearly.  The straight line (lerp) passes through vectors shorter by up to sqrt(2), which are
-    atypical of a Gaussian; on shapes the judge does not mind, see `interpolate`.  Where a and b are
+    atypical of a Gaussian; on shapes scores do not suffer, see `interpolate`.  Where a and b are
     parallel or opposite the arc is undefined or not unique, and the straight line is used.
     """
     p, q = a.flatten(1).double(), b.flatten(1).double()
@@ -282,7 +282,7 @@ class Between(torch.nn.Module):
 def interpolate(c, model, ae, classes, scorer, columns=10, **options):
     """interpolate.png: rows from noise to noise within a class, then rows from class to class with
     one noise.  Scores midpoints of the first kind, by slerp and by lerp; lerp's score is not worse
-    (seed 0: .957 against .938), because shorter noise gives more typical images."""
+    (seed 0: .957 against .938), perhaps because shorter noise gives more typical images."""
     path, w = Path(c.out) / "interpolate.png", torch.linspace(0, 1, columns)
     rows = torch.tensor(classes[:5])
     noise = draw_noise(model, ae, 2 * len(rows), c.seed).repeat_interleave(columns, 0)

@@ -6,9 +6,9 @@
     python -m lab.evidence all --seeds 1,2     # each with its own seeds
     python -m lab.evidence all --preset debug --results out/debug    # the same code in minutes
 
-An experiment trains what it needs in out/evidence/<preset>/, by the commands that it prints, takes
-its measurements and adds them as rows to results/*.tsv.  Whatever is there already is skipped, so a
-killed run resumes with the same command.  `python -m lab.report` writes RESULTS.md from the rows.
+An experiment trains what it needs in out/evidence/<preset>/, with the commands that it prints, and
+adds its measurements as rows to results/*.tsv.  What is already there is skipped, so a killed run
+resumes with the same command.  `python -m lab.report` writes RESULTS.md from the rows.
 Samples are scored by the rulers of metrics.py, which share nothing with the encoder.
 """
 import functools, itertools, shlex, sys, time
@@ -50,7 +50,7 @@ class Config:
     encoders: tuple = field((), "pretraining steps after which the encoder is tested")
 
     def check(self):
-        """Impossible values end here."""
+        """ValueError for impossible values."""
         require(self.seeds and self.kept, "--seeds and --kept must name at least one number")
         require(self.n >= 20, "--n must be at least 20")
 
@@ -72,7 +72,7 @@ PRESETS = {
 class Experiment(NamedTuple):
     """measures: for each table, the latents that get rows in it.  The rest is for generation: pairs
     of Euler steps and guidance, the DiTs, the sampler's time shifts ('-': the DiT's own), and
-    whether the weights kept along the training are scored too."""
+    whether the weights kept during training are scored too."""
     about: str
     measures: dict
     settings: tuple = ((3, 1.0), (10, 1.0), (10, 2.0))
@@ -91,7 +91,7 @@ DITS = {                                  # flags of dit.py
     "shift1": "--shift 1", "shiftauto": "--shift auto", "shift6.67": "--shift 6.67",
 }
 LOUD = 4                                  # factor of the residual in "_loud"
-CHANNELS = {"svg": 112, "vae": 16}        # around SVG's are these widths of a DiT:
+CHANNELS = {"svg": 112, "vae": 16}        # SVG's lies within WIDTHS, of a DiT:
 WIDTHS = (48, 96, 128, 192)
 STEPS = (1, 2, 3, 5, 10, 25, 50)
 PAIR, FOUR = ("svg", "vae"), ("svg", "dino", "unaligned", "vae")
@@ -101,7 +101,7 @@ CHANGES = ("untouched", "permuted", "recolored", "ten", "three", "blurred")
 
 EXPERIMENTS = {
     "rulers": Experiment(
-        "new: what each ruler sees, by changes of held-out images", dict(rulers=CHANGES)),
+        "new: what each ruler sees, measured on altered held-out images", dict(rulers=CHANGES)),
     "steps": Experiment(
         "Figure 8a, Table 2a: few Euler steps, with and without guidance, SVG against VAE",
         dict(generation=PAIR, latents=PAIR + ("pixels",)),
@@ -111,7 +111,7 @@ EXPERIMENTS = {
         dict(generation=PAIR, latents=PAIR + ("pixels",)),
         settings=((1, 1.0), (3, 1.0), (3, 2.0), (10, 1.0), (10, 2.0))),
     "training": Experiment(
-        "Figure 1: the same along training",
+        "Figure 1: the same during training",
         dict(generation=PAIR), settings=((10, 1.0), (10, 2.0)), kept=True),
     "fields": Experiment(
         "Figure 3 on the real latents: direction consistency, straightness", dict(paths=PAIR)),
@@ -125,7 +125,7 @@ EXPERIMENTS = {
         "Table 4: still a representation? linear segmentation from single tokens",
         dict(dense=FOUR + ("pixels",))),
     "encoder": Experiment(
-        "new: how semantic must the encoder be? checkpoints along its pretraining",
+        "new: how semantic must the encoder be? checkpoints from its pretraining",
         dict(latents=EVERY, generation=EVERY, paths=EVERY, encoders=EVERY)),
     "layer": Experiment(
         "Table 6: tokens of an earlier layer",
@@ -154,7 +154,7 @@ EXPERIMENTS = {
 
 
 class Table:
-    """results/<name>.tsv: rows of `columns`, the first `keys` of which say what a row is about."""
+    """results/<name>.tsv: rows of `columns`, the first `keys` of which identify a row."""
 
     def __init__(self, folder, name, keys, values):
         self.path, self.keys = Path(folder) / f"{name}.tsv", keys.split()
@@ -192,7 +192,7 @@ class Table:
 
     @staticmethod
     def show(value):
-        """A value as it stands in a file."""
+        """A value as it is written to a file."""
         return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
@@ -217,7 +217,7 @@ def tables(folder):
 
 
 def rows(c, name):
-    """The rows that an experiment asks for: pairs of a table and the row's key."""
+    """The rows that an experiment consists of: pairs of a table and the row's key."""
     e, layout = EXPERIMENTS[name], tables(c.results)
     trained = c.kept if e.kept else c.kept[-1:]
     for seed, (table, latents) in itertools.product(c.seeds, e.measures.items()):
@@ -241,7 +241,7 @@ def rows(c, name):
 
 
 def command(module, flags, seed, out, *more):
-    """Print a command line and do in this process what it would do."""
+    """Print a command line and run it in this process."""
     argv = [*flags.split(), "--seed", str(seed), *map(str, more), "--out", str(out)]
     name = module.__name__
     script = f"-m {name}" if "." in name else f"{name}.py"
@@ -259,7 +259,7 @@ def timed(c, stage, latent, kind, seed, path, train):
 
 
 def encoder_file(c, step):
-    """The tiny encoder as it was after `step` steps of pretraining -> Path."""
+    """The tiny encoder after `step` steps of pretraining -> Path."""
     folder = Path(c.out) / c.preset / "encoder"
     with file_lock(folder):                        # another terminal may need it too
         if not (folder / "dino_tiny.pt").is_file():
@@ -268,7 +268,7 @@ def encoder_file(c, step):
 
 
 def stage1(c, latent, seed):
-    """Train the autoencoder of that name, unless that is done -> its folder."""
+    """Train the autoencoder of that name, unless it is trained -> its folder."""
     folder = Path(c.out) / c.preset / f"{latent}-{seed}"
     path, (name, _, variant) = folder / "ae.pt", latent.partition("_")
     with file_lock(path):
@@ -305,7 +305,7 @@ def rescale_stats(source, target, variant):
 
 
 def stage2(c, latent, kind, seed):
-    """Train the DiT of that kind on that latent, unless that is done -> its folder."""
+    """Train the DiT of that kind on that latent, unless it is trained -> its folder."""
     source = stage1(c, latent, seed)
     folder = source if kind == "base" else source.with_name(f"{latent}-{kind}-{seed}")
     flags = f"{c.dit} {DITS[kind]} --keep {','.join(map(str, c.kept))}"
@@ -357,14 +357,14 @@ def latents_of(c, latent, seed):
 
 
 def measure_rulers(c, change, seed):
-    """The scores of real images, from a stream of their own, of which something is changed."""
+    """The scores of real images, from a stream of their own, after one change."""
     images, y, _, cover, factors = shapes(c.n, 32, 10 + seed, masks=True, factors=True)
-    if change in ("ten", "three"):                     # images of each class, over and over again
+    if change in ("ten", "three"):                     # a few images of each class, repeated
         few = torch.cat([(y == k).nonzero()[:10 if change == "ten" else 3, 0] for k in y.unique()])
         few = few.repeat(-(-c.n // len(few)))[:c.n]
         images, y = images[few], y[few]
     x = images / 255
-    if change == "permuted":                           # red, green and blue, anew in each image
+    if change == "permuted":                           # red, green and blue, in each image anew
         channels = torch.rand(c.n, 3, generator=config.generator(seed)).argsort(1)
         x = x[torch.arange(c.n)[:, None], channels]
     elif change == "recolored":                        # red on gray; gradients and textures stay
@@ -378,7 +378,7 @@ def measure_rulers(c, change, seed):
 
 
 def measure_latents(c, latent, seed):
-    """Reconstruction, and how well the latents tell the classes apart."""
+    """Reconstruction, and how well the latents separate the classes."""
     x, y, _ = shapes(2000 if c.preset == "debug" else 5000, 32, seed=4)
     held, labels, _ = load_images("shapes", 32, "test")
     held, labels = held[:2000].copy(), labels[:2000]
@@ -415,7 +415,7 @@ def measure_dense(c, latent, seed):
     """A linear classifier of single tokens: background, or the class of the object that covers at
     least half of the patch, by the generator's own masks."""
     encode, parts = latents_of(c, latent, seed), []
-    for stream in (4, 5):                                          # to learn from, to measure on
+    for stream in (4, 5):                                          # for training, for the score
         images, y, _, mask = shapes(1000, 32, seed=stream, masks=True)
         z = encode(images.numpy())
         cover = F.adaptive_avg_pool2d(mask[:, None].float() / 255, z.shape[-1])
@@ -428,7 +428,7 @@ def measure_dense(c, latent, seed):
 
 
 def measure_generation(c, latent, dit, seed, trained, steps, scale, shift):
-    """Samples of a trained pair, scored."""
+    """The scores of a trained pair's samples."""
     folder = stage2(c, latent, dit, seed)
     model, decoder = sample.load(folder, "cpu")
     if trained != model.step:
@@ -442,7 +442,7 @@ def measure_paths(c, latent, dit, seed, fine=50):
     """Figure 3 on the real latents, as toy_flow.py measures it in 2-D.
 
     consistency: the norm of the mean of the unit vectors from noise to latent, within a class; in
-    so many dimensions noise is at right angles to everything, hence at most 1 / sqrt(2) here.
+    so many dimensions noise is nearly orthogonal to everything, hence about 1 / sqrt(2) at most.
     straightness: displacement / path length.  error: root mean square distance per dimension from
     few Euler steps to `fine` steps from the same noise.
     """
@@ -496,8 +496,8 @@ def measure_encoders(c, step):
 
 
 def measure_editing(c, latent, seed):
-    """Figure 10 on held-out images.  floor: how often the judge takes the plain reconstruction for
-    the new class; psnr_*: outside the mask."""
+    """Figure 10 on held-out images.  floor: how often the judge classifies the plain reconstruction
+    as the new class; psnr_*: outside the mask."""
     model, decoder = sample.load(stage2(c, latent, "base", seed), "cpu")
     n = min(200, c.n)
     found = edit.measure_edit(model, decoder, n, seed)
@@ -536,7 +536,7 @@ def main(argv=None):
                 about = {k: v for k, v in key.items() if k != "preset"}
                 found[table].add(**key, **MEASURES[table](c, **about))
     print(f"all rows are in {c.results}/, {time.time() - began:.0f} s; "
-          "`python -m lab.report` makes tables and figures of them")
+          "`python -m lab.report` makes tables and figures from them")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The goals for one H200, and what `python -m lab.bench --preset imagenette` measured there.
 
-Without a GPU nothing here runs: each line says so.
+Without a GPU nothing here runs, and each line says so.
 """
 import importlib, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -12,7 +12,7 @@ from lab.bench import dit_flops, seconds
 
 
 def goals(m, rows):
-    """-> dict from each goal to what was measured here, both in words."""
+    """-> dict from each goal to what was measured here, both as text."""
     rows = {row["stage"]: row for row in rows if m.c.preset == "imagenette" and "ratio" in row}
 
     def show(stage, form):
@@ -34,7 +34,7 @@ def goals(m, rows):
 
 def on_paper(images_per_second, epochs=80):
     """Hours = epochs * 1,281,167 images / (img/s) / 3600.  Eight GPUs take an eighth if the
-    all-reduce hides behind the backward pass.  512 px, 1,024 tokens, costs more by `dit_flops`."""
+    all-reduce hides behind the backward pass.  512 px, 1,024 tokens: scaled by `dit_flops`."""
     hours = epochs * 1_281_167 / images_per_second / 3600
     more = dit_flops(1152, 28, 1024, 392) / dit_flops(1152, 28, 256, 392)
     return (f"{hours:,.0f} h on one GPU, {hours / 8:,.0f} h on eight; "
@@ -42,7 +42,7 @@ def on_paper(images_per_second, epochs=80):
 
 
 def transformers_ratio(m, batch=256, size=256):
-    """How many times as fast as transformers' compiled one our vits16plus is."""
+    """How many times as fast our vits16plus is as transformers' compiled one."""
     try:
         theirs = importlib.import_module("transformers")             # not a dependency
     except ImportError:
@@ -59,7 +59,7 @@ def transformers_ratio(m, batch=256, size=256):
 
 
 def default_chain():
-    """How long the three default commands take, data and all."""
+    """How long the three default commands take, including the data."""
     began, root = time.time(), Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
         for script in ("ae.py", "dit.py", "sample.py"):

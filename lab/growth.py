@@ -2,8 +2,8 @@
 
     python -m lab.bench --growth         # results/growth.tsv and assets/growth.png; 1 to 3 minutes
 
-An exponent is the slope of a straight line through the logarithms.  A step also has a cost that
-does not depend on the batch (the optimizer, starting the operations), which pulls the exponents
+An exponent is the slope of a straight line fitted to the logarithms.  A step also has a cost that
+does not depend on the batch (the optimizer, launching the operations), which pulls the exponents
 of small sizes below the 1 of batch, tokens and depth and the 2 of the width.
 """
 import math
@@ -49,7 +49,7 @@ def growth(m):
 
 
 def plot(path, curves):
-    """One panel for each of `growth`'s curves but the steps; attention or none share a panel."""
+    """One panel per curve of `growth` except steps; with and without attention share a panel."""
     _, *panels, (_, _, without) = curves
     sheet = Canvas(530 * 2, 360 * 2)
     for i, (axis, values, times) in enumerate(panels):

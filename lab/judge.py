@@ -1,8 +1,8 @@
 """Train the two CNNs that score samples of `shapes`; the model is in metrics.py.
 
-The judge learns the class and to ignore the rest; the other learns all factors of an image.
+The judge learns to classify shapes and ignore the rest; the other predicts all factors of an image.
 
-    python -m lab.judge                     says that the shipped weights/judge.pt is finished
+    python -m lab.judge                     reports that the shipped weights/judge.pt is finished
     python -m lab.judge --out out/judge     trains one like it; 2 CPU cores: 44 s
     python -m lab.judge --preset factors --out out/judge     weights/factors.pt: 90 s of one core
     python -m lab.judge --preset debug      the same path in seconds, to out/debug
@@ -34,13 +34,13 @@ class Config:
     steps: int = field(1000, "optimizer steps")
     batch: int = field(128, "images per step")
     lr: float = field(4e-3, "peak learning rate")
-    seed: int = field(0, "of weights, batches and augmentation; the training images do not change")
+    seed: int = field(0, "seed of weights, batches, augmentation; not of the training images")
     device: str = field("auto", "auto, cpu, cuda, mps")
     save_every: int = field(200, "steps between two checkpoints")
-    overwrite: bool = field(False, "start from scratch, whatever is there")
+    overwrite: bool = field(False, "start from scratch and replace what is there")
 
     def check(self):
-        """ValueError for what cannot be run."""
+        """ValueError for impossible values."""
         config.check_training(self)
         for name, least in dict(size=8, count=10, width=1).items():
             require(getattr(self, name) >= least, f"--{name} must be at least {least}")
@@ -61,7 +61,7 @@ CLASSES = len(SHAPE_NAMES)
 
 def augment(images, g):
     """uint8 (B, 3, S, S) -> float32 in about [-1, 1]: mirrored, shifted, blurred, noisy, all drawn
-    from generator g.  Generated images are a little soft and grainy; that must not cost them
+    from generator g.  Generated images are a little soft and grainy; that must not change
     their class."""
     B, S = len(images), images.shape[-1]
 
@@ -97,7 +97,7 @@ def train(c):
         accuracy = config.load_kind(done, "judge", COMMAND)["accuracy"]
         print(f"{done}: finished, accuracy {accuracy:.4f}; --overwrite starts from scratch")
         return
-    # With both files there, the unfinished one is newer: an earlier --overwrite left it.
+    # If both files exist, the unfinished one is newer: an earlier --overwrite left it.
     checkpoint = config.resume(unfinished, "judge_train", c, COMMAND)
     device, autocast = config.setup(c.device)
     torch.manual_seed(c.seed)
@@ -127,7 +127,7 @@ def train(c):
 
     loop = config.Loop(name, c, optimizer, unfinished, save, start, rate=triangle)
     for step in loop:
-        # The batch is a function of (seed, step): a resumed run sees what an unbroken one sees.
+        # The batch is a function of (seed, step): a resumed run sees the same batches.
         g = config.generator(c.seed, step)
         chosen = torch.randint(c.count, (c.batch,), generator=g)
         x = images[chosen].float() / 127.5 - 1 if c.factors else augment(images[chosen], g)

@@ -32,7 +32,7 @@ def tsne(x, perplexity=30.0, steps=500):
     """Features (n, d) -> a map (n, 2) that keeps neighbors together (van der Maaten and Hinton
     2008).  Exact: every pair counts, so 1,000 points take seconds and 10,000 a quarter of an hour.
 
-    Groups in the map mean something; distances between groups mean little.  ValueError: perplexity.
+    Groups in the map are meaningful; distances between them mostly not.  ValueError: perplexity.
     """
     x = torch.as_tensor(x).double()
     n, distance = len(x), torch.cdist(x, x).square()
@@ -65,7 +65,7 @@ def tsne(x, perplexity=30.0, steps=500):
 
 
 def draw(models, assets):
-    """All three; models: the folder where lab.evidence trained them; assets: where they go."""
+    """All three figures; models: folder of lab.evidence's models; assets: output folder."""
     for name, figure in (("maps", draw_maps), ("residual", draw_residual), ("strip", draw_strip)):
         figure(models, assets / f"{name}.png")
         print(f"wrote {assets / name}.png")

@@ -1,12 +1,12 @@
 """Pretraining of the tiny encoder: self-supervised contrastive learning on unlabeled shapes.
 
-Two random views of an image must find each other among the views of all other images of the batch
+Two random views of an image must recognize each other among the views of all images in the batch
 (SimCLR, arXiv 2002.05709).  Writes dino_tiny.pt, which `--encoder tiny` of ae.py loads.
 
     python -m lab.pretrain --overwrite             # the encoder in weights/ from scratch, 13 min
     python -m lab.pretrain --preset debug          # the same path in seconds, to out/debug
     python -m lab.pretrain --check vits16plus 000000039769.jpg
-                                # a published encoder on an image of COCO against known values
+                                # compares a published encoder with known values, on a COCO image
 
 weights/dino_tiny.pt: 0.49 M parameters, seed 0, 2,400 steps of 256 unlabeled shapes, 13.1 minutes
 on one to two cores of an AMD EPYC (bfloat16); held-out kNN .998, linear probe .998, pixels .272.
@@ -31,7 +31,7 @@ from plumbing.weights import TINY
 
 @dataclass
 class Config:
-    """Self-supervised pretraining of the tiny encoder; labels only measure it."""
+    """Self-supervised pretraining of the tiny encoder; labels are used only to measure it."""
     preset: str = field("tiny", "a named set of the options below")
     out: str = field("", "folder of dino_tiny.pt; weights/ for the preset tiny if empty")
     size: int = field(32, "side of an image in pixels; a multiple of the patch")
@@ -59,7 +59,7 @@ class Config:
     overwrite: bool = field(False, "start from scratch and replace what is there")
 
     def check(self):
-        """Impossible values end here."""
+        """ValueError for impossible values."""
         config.check_training(self)
         for name, least in (("batch", 2), ("dim", 32), ("depth", 1), ("images", 2)):
             require(getattr(self, name) >= least, f"--{name} must be at least {least}")
@@ -80,10 +80,10 @@ PRESETS = {
 
 
 def views(x, c, g):
-    """One random view of each image: x (B, 3, S, S) in [-1, 1] -> the same shape, about that range.
+    """One random view of each image: x (B, 3, S, S) in [-1, 1] -> the same shape, similar range.
 
-    Shifted, rotated, scaled, mirrored; the colors rotated in RGB space (which can invert them, and
-    one time in five they become gray); a gradient, a faint grating and noise added.  Only the shape
+    Shifted, rotated, scaled, mirrored; the colors rotated in RGB space (which can invert them;
+    one view in five becomes gray); a gradient, a faint grating and noise added.  Only the shape
     survives all of that, so the shape is what the encoder learns.
     """
     B, S = len(x), x.shape[-1]
@@ -124,7 +124,7 @@ def views(x, c, g):
 
 class Student(nn.Module):
     """The encoder with two projection heads that are discarded after training: one reads the class
-    token, the other the mean patch token, so that both come to describe the image."""
+    token, the other the mean patch token, so that both learn to describe the image."""
 
     def __init__(self, c, width=512, out=128):
         super().__init__()
@@ -145,7 +145,7 @@ class Student(nn.Module):
 
 def contrastive_loss(z, temperature):
     """NT-Xent (SimCLR, arXiv 2002.05709, eq. 1): z (2B, d), rows i and i + B are two views of one
-    image; each must find the other among all 2B - 1."""
+    image; each must identify the other among all 2B - 1."""
     similar = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
     return F.cross_entropy(similar, torch.arange(len(z), device=z.device).roll(len(z) // 2))
 
@@ -244,7 +244,7 @@ def train(c):
 # ---------------------------------------------------------------- published encoders
 
 # The first five values of the real weights on COCO val2017 000000039769.jpg, 224 x 224 bilinear, as
-# transformers' conversion script records them: class token, first patch.  They agree to 1e-3.
+# transformers' conversion script records them: class token, first patch.  Its tolerance is 1e-3.
 KNOWN = {
     "vits16plus": ((-0.471349, -1.365778, -0.317983, 0.377219, -0.769085),
                    (0.144551, -0.388117, -0.393433, -0.157695, -0.600380)),
@@ -255,7 +255,7 @@ KNOWN = {
 
 @torch.no_grad()
 def check(name, image):
-    """Print the first values of a published encoder on an image file, beside the known ones."""
+    """Print the first values of a published encoder on an image file, next to the known ones."""
     try:
         with Image.open(image) as opened:
             resized = opened.convert("RGB").resize((224, 224), Image.BILINEAR)

@@ -1,1 +1,1 @@
-"""What nobody comes to read: flags, files, downloads, checkpoint layouts, photographs, drawing."""
+"""Supporting code: flags, files, downloads, checkpoint layouts, photographs, drawing."""

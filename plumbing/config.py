@@ -1,7 +1,7 @@
-"""What every stage shares: flags, device, randomness, files, the frame of a training loop.
+"""What all stages share: flags, devices, randomness, files, the frame of a training loop.
 
 Nothing here knows about images, latents or models.  A stage declares its flags as the fields of one
-dataclass; `field(default, "help")` gives a flag its sentence in `--help`.
+dataclass; `field(default, "help")` gives a flag its text in `--help`.
 """
 import argparse, contextlib, dataclasses, functools, hashlib, math, os, signal, sys, time, warnings
 from datetime import timedelta
@@ -24,7 +24,7 @@ class UserError(Exception):
 
 
 def field(default, help, choices=None):
-    """A dataclass field with its sentence for `--help` and, optionally, the values it may take."""
+    """A dataclass field with its text for `--help` and, optionally, its allowed values."""
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
 
 
@@ -33,7 +33,7 @@ def parse(cls, presets, argv=None):
 
     presets maps a name to a dict of fields.  If `cls` has a field `preset`, `--preset NAME` picks
     one (the field's default otherwise); a field `out` left empty becomes `out/<preset>`.  A field
-    whose default is a tuple takes whole numbers with commas between.  The result's `explicit` lists
+    whose default is a tuple takes comma-separated whole numbers.  The result's `explicit` lists
     the flags that were given.  A typo, an abbreviation, a wrong type or value exits with status 2.
     """
     main = sys.modules["__main__"]
@@ -84,13 +84,13 @@ def whole_numbers(text):
     """An argparse type: '5,10' -> (5, 10), '' -> ()."""
     parts = [part.strip() for part in text.split(",") if text]
     if not all(part.isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between, "
-                                         "such as 5,10")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of comma-separated whole "
+                                         "numbers, such as 5,10")
     return tuple(map(int, parts))
 
 
 def require(condition, message):
-    """In a config's `check`: an impossible flag ends with status 2 and this message."""
+    """ValueError unless the condition holds; from a config's `check`, exit with status 2."""
     if not condition:
         raise ValueError(message)
 
@@ -112,7 +112,7 @@ def plain(config):
 
 
 def flags(config):
-    """'flags: --steps 100', what a run's announcement says of its command line."""
+    """'flags: --steps 100': the explicit flags, for the first lines of a run's output."""
     show = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value
     given = " ".join(f"--{k} {show(getattr(config, k))}" for k in config.explicit)
     return f"flags: {given or 'none besides the preset'}"
@@ -120,7 +120,7 @@ def flags(config):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Wraps a script's main: what a user can cause ends in one line and a non-zero exit."""
+    """Wraps a script's main: an error that a user can cause becomes one line and a nonzero exit."""
     try:
         yield
         if dist.is_initialized():
@@ -142,16 +142,16 @@ def one_line_errors():
 
 
 PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16, float32=torch.float32)
-# for code that takes a gradient scaler, but is to run without one
+# for code that takes a gradient scaler but should run without one
 UNSCALED = torch.amp.GradScaler(enabled=False)
 
 
 def setup(name="auto", threads=0, precision="auto"):
     """-> (device, context factory for the network's forward pass), best available unless named.
 
-    precision: of the network's products, see `precision_of`; the parameters, the loss and
-    everything that accumulates stay float32.  Denormal floats are flushed to zero: they make a CPU
-    a hundred times slower and carry no information.
+    precision: of the network's matrix products, see `precision_of`; the parameters, the loss and
+    everything that accumulates stay float32.  Denormal floats are flushed to zero: they can make a
+    CPU a hundred times slower and carry no information.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,7 +159,7 @@ def setup(name="auto", threads=0, precision="auto"):
         name = join_ranks(name)
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()               # `meta` exists but holds no values
+        torch.empty(1, device=device).item()               # `meta` exists but has no values
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: this machine has no such device; "
                         "try --device cpu, or omit the flag") from None
@@ -177,8 +177,8 @@ def setup(name="auto", threads=0, precision="auto"):
 
 
 def precision_of(device, name="auto"):
-    """bf16, fp16 or float32 -> dtype; auto: bfloat16 where the device multiplies it fast, float16
-    on a GPU that cannot (a T4), else float32."""
+    """bf16, fp16 or float32 -> dtype; auto: bfloat16 where the device is fast at it, float16 on
+    a GPU that is not (a T4), else float32."""
     if name != "auto":
         return PRECISIONS[name]
     if device.type == "cuda":
@@ -188,16 +188,16 @@ def precision_of(device, name="auto"):
 
 
 def scaler(device, precision="auto"):
-    """A gradient scaler, which does nothing unless the precision is float16, whose smallest
+    """A gradient scaler, which does nothing unless the precision is float16, where small
     gradients would be rounded to zero."""
     return torch.amp.GradScaler(device.type,
                                 enabled=precision_of(device, precision) == torch.float16)
 
 
 def compile_parts(model, kinds, choice, device):
-    """torch.compile, in place, every part of the model that is of the classes `kinds`; choice: yes,
-    no, or auto: on CUDA.  Equal blocks share their code, so this takes seconds, the whole model
-    minutes."""
+    """torch.compile, in place, every part of the model that is an instance of `kinds`; choice: yes,
+    no, or auto: on CUDA.  Equal blocks share their code, so this takes seconds; compiling
+    the whole model takes minutes."""
     if choice == "yes" or choice == "auto" and device.type == "cuda":
         for part in model.modules():
             if isinstance(part, kinds):
@@ -205,7 +205,7 @@ def compile_parts(model, kinds, choice, device):
 
 
 def send(x, device):
-    """A tensor -> the device; to a GPU from pinned memory, so that the CPU need not wait."""
+    """A tensor -> the device; to a GPU from pinned memory, so that the CPU does not wait."""
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
@@ -216,7 +216,7 @@ def free_cores(loadavg="/proc/loadavg"):
     """How many cores other programs leave free at this moment, at least 1; all of them if unknown.
 
     A training step has thousands of small parallel regions, and each waits until all its threads
-    have had a core: on two cores with two busy neighbors, a step of ae.py takes .4 s with one
+    have run: on two cores with two other busy processes, a step of ae.py takes .4 s with one
     thread and 12 s with two.
     """
     running = []
@@ -246,7 +246,7 @@ def describe(device, precision="auto"):
 
 
 def generator(seed, step=0, device="cpu"):
-    """A generator that is a function of (seed, step) alone: this makes resuming exact."""
+    """A generator that depends only on (seed, step), which makes resuming exact."""
     mixed = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))
 
@@ -255,7 +255,7 @@ def generator(seed, step=0, device="cpu"):
 
 
 def atomic(path, write):
-    """Call write(temporary path), then rename to `path`: the file appears whole or not at all."""
+    """Call write(temporary path), then rename to `path`: the file is never incomplete."""
     path, temporary = Path(path), temporary_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -271,7 +271,7 @@ def atomic(path, write):
 
 
 def temporary_name(path):
-    """Always the same: the next run overwrites what a killed one left behind."""
+    """Always the same name, so that the next run overwrites what a killed one left behind."""
     path = Path(path)
     return path.with_name(f".{path.stem}.part{path.suffix}")
 
@@ -282,7 +282,7 @@ def atomic_array(path, shape, dtype, fill):
     def write(temporary):
         if rank() == 0:
             np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-            if hasattr(os, "posix_fallocate"):   # a full disk is an error now, a crash later
+            if hasattr(os, "posix_fallocate"):   # make a full disk an error, not a later crash
                 with open(temporary, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
         wait_for_ranks()
@@ -291,7 +291,7 @@ def atomic_array(path, shape, dtype, fill):
         array.flush()
         wait_for_ranks()
     atomic(path, write) if rank() == 0 else write(temporary_name(path))
-    wait_for_ranks()                                       # from now on it has its name
+    wait_for_ranks()                                       # now it has its final name
 
 
 def save(path, obj):
@@ -300,7 +300,7 @@ def save(path, obj):
 
 
 def load(path):
-    """Read a checkpoint onto the CPU, never running code from it.  UserError says what is wrong."""
+    """Read a checkpoint onto the CPU, never running code from it.  UserError: what is wrong."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -317,7 +317,7 @@ def load(path):
 
 
 def wrong_kind(head):
-    """What the first bytes say is wrong with a weights file, or None."""
+    """What is wrong with a weights file, judging by its first bytes, or None."""
     if not head:
         return "the file is empty"
     if head.startswith(b"version https://git-lfs"):
@@ -328,13 +328,13 @@ def wrong_kind(head):
 
 
 def load_kind(path, kind, command):
-    """`load` a checkpoint of this project; UserError if its kind or version is another."""
+    """`load` a checkpoint of this project; UserError if its kind or version differs."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; `{command}` makes it")
     checkpoint = load(path)
     found = checkpoint.get("kind") if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if found != kind:
-        raise UserError(f"{path}: holds {found or 'something else'}, not {kind}; "
+        raise UserError(f"{path}: contains {found or 'something else'}, not {kind}; "
                         f"`{command}` makes one")
     if checkpoint.get("version") != VERSION:
         raise UserError(f"{path}: written by version {checkpoint.get('version')} of this code, "
@@ -343,7 +343,7 @@ def load_kind(path, kind, command):
 
 
 def fingerprint(state):
-    """Eight hex digits of a state dict's values: which weights something was made with."""
+    """Eight hex digits that identify the values of a state dict: a hash of its tensors."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
@@ -381,9 +381,9 @@ def resume(path, kind, config, command):
 
 
 def restore(checkpoint, parts):
-    """Load what `resume` found into the parts of a run, a dict of all that has a state."""
+    """Load what `resume` found into the parts of a run, a dict of everything that has a state."""
     for name, part in parts.items():
-        if checkpoint and checkpoint.get(name):            # a scaler's is empty but in float16
+        if checkpoint and checkpoint.get(name):            # a scaler's is empty except in float16
             part.load_state_dict(checkpoint[name])
 
 
@@ -408,10 +408,10 @@ class Stop:
 
 
 class Loop:
-    """`for step in Loop(...)`: everything of a training loop that is not its science.
+    """`for step in Loop(...)`: everything in a training loop but the method itself.
 
-    Before a step it sets the learning rate.  After a step it moves the bar and, now and then, shows
-    what `log` was given and checks that it is finite; calls save(step + 1) every `save_every`
+    Before a step it sets the learning rate.  After a step it advances the bar and, now and then,
+    shows what `log` was given and checks that it is finite; calls save(step + 1) every `save_every`
     steps; and after Ctrl-C or SIGTERM saves and exits with status 130.  It does not save after the
     last step: that is up to the code below the loop.
 
@@ -424,8 +424,8 @@ class Loop:
         self.finite, self.shown = True, {}
 
     def log(self, *finite, **shown):
-        """finite: tensors that end the run if they are not; shown: what the bar says, numbers or
-        whatever has a `str`.  Nothing here waits for the device."""
+        """finite: tensors that end the run if they are not finite; shown: what the bar shows,
+        numbers or anything with a `str`.  Nothing here waits for the device."""
         for value in finite:
             self.finite = torch.isfinite(value.detach()).all() & self.finite
         self.shown = shown
@@ -439,7 +439,7 @@ class Loop:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.rate(c, step) * group.get("lr_scale", 1.0)
                 yield step
-                # several processes ask each other every ten steps, so that all stop at the same
+                # several processes agree every ten steps, so that all stop at the same one
                 asked = (stop.asked if world() == 1 else
                          (step + 1) % 10 == 0 and any_rank(stop.asked))
                 last, saving = step + 1 == c.steps, (step + 1) % c.save_every == 0 or asked
@@ -448,7 +448,7 @@ class Loop:
                 if saving and not last:
                     self.save(step + 1)
                     if asked:
-                        wait_for_ranks()      # torchrun kills those that are left when one exits
+                        wait_for_ranks()      # when one rank exits, torchrun kills the others
                         print(f"\nstopped at step {step + 1}, saved in {self.path}; "
                               "the same command resumes from there")
                         sys.exit(130)
@@ -475,16 +475,16 @@ def learning_rate(config, step):
 
 # ---------------------------------------------------------------- several processes: `torchrun ...`
 #
-# The processes, called ranks, take the same steps on their rows of the same batch.  Every random
-# number of a batch is drawn by all of them, so that n processes train as one does.
+# The processes, called ranks, take the same steps on their rows of the same batch.  All of
+# them draw all random numbers of a batch, so that n processes train as one would.
 
 
 def join_ranks(name):
     """Join the processes that torchrun started -> the name of this one's device; only rank 0
     prints."""
     gpu = str(name).startswith("cuda") and torch.cuda.is_available()
-    # torchrun ends all ranks when one dies; the timeout, longer than what rank 0 ever does alone,
-    # is for one that hangs
+    # torchrun ends all ranks when one dies; the timeout, longer than anything that rank 0
+    # does alone, is for a rank that hangs
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=30))
     if rank():
         sys.stdout = open(os.devnull, "w")
@@ -513,7 +513,7 @@ def rank_rows(draw, rows, *shape, generator=None):
 
 def parallel(model):
     """The model as training calls it: with several ranks, its backward pass also averages the
-    gradients over them, and sends the first while it computes the rest."""
+    gradients over them, and sends the first ones while it computes the rest."""
     if world() == 1:
         return model
     # of parameters such as a class token (1, 1, D): harmless
@@ -522,8 +522,8 @@ def parallel(model):
 
 
 def all_reduce_mean(tensors):
-    """Replace each tensor by its mean over the ranks, in place, in one message; alone, nothing
-    changes."""
+    """Replace each tensor by its mean over the ranks, in place, in one message; with one rank,
+    nothing changes."""
     if world() > 1 and tensors:
         message = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(message)

@@ -1,4 +1,4 @@
-"""Drawing with Pillow alone: sheets of images, a canvas with smooth edges, and line charts."""
+"""Drawing with Pillow alone: grids of images, an antialiased canvas, and line charts."""
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -43,7 +43,7 @@ INK, GRAY, RULE, PAPER, SHADE = "#222222", "#777777", "#d9d9d4", "#f8f8f5", "#e6
 
 
 class Canvas:
-    """An image drawn K times too large and reduced at the end, which smooths its edges.
+    """An image drawn K times too large and downscaled at the end, which smooths its edges.
 
     Coordinates and widths are pixels of the finished image; y points down.
     """
@@ -68,7 +68,7 @@ class Canvas:
             self.draw.ellipse((x - r, y - r, x + r, y + r), color)
 
     def arrow(self, tail, tip, color, width):
-        """An arrow; its head grows with it, so that short ones remain arrows."""
+        """An arrow; its head scales with it, so that short ones still look like arrows."""
         tail, tip = np.asarray(tail), np.asarray(tip)
         back = (tail - tip) * 0.35
         barb = back[::-1] * (-0.57, 0.57)
@@ -80,7 +80,7 @@ class Canvas:
         self.draw.rectangle((x0 * K, y0 * K, x1 * K - 1, y1 * K - 1), fill, rule, K)
 
     def text(self, x, y, words, size, color=INK, anchor="la", halo=None):
-        """Words at pixel (x, y); the anchor is Pillow's; halo: a color drawn around the letters."""
+        """Text at pixel (x, y); the anchor is Pillow's; halo: a color drawn around the letters."""
         self.draw.text((x * K, y * K), words, color, ImageFont.load_default(size * K), anchor,
                        stroke_width=2 * K if halo else 0, stroke_fill=halo)
 
@@ -110,8 +110,8 @@ class Plane(Canvas):
             self.dots(xy[labels == label], color, radius)
 
     def paths(self, paths, labels, colors, dot, starts=True):
-        """Lines along paths (steps + 1, n, 2) in the color of their labels (n,), and above all
-        lines a disc at the end of each; starts: also a black one where it begins."""
+        """Lines along paths (steps + 1, n, 2) in the color of their labels (n,), and on top of
+        all lines a disc at the end of each; starts: also a black one where it begins."""
         groups = [(paths[:, labels == label], color) for label, color in enumerate(colors)]
         for group, color in groups:
             for i in range(group.shape[1]):
@@ -124,7 +124,7 @@ class Plane(Canvas):
 
     def mean_arrows(self, xy, vectors, color, length, lattice=8, least=40):
         """The mean of the vectors (n, 2) found at xy (n, 2), as one arrow in each square of a
-        lattice; none where there are fewer than `least`.  length: of an arrow, per unit."""
+        lattice; none where there are fewer than `least` vectors.  length: of an arrow, per unit."""
         xy, vectors = np.asarray(xy), np.asarray(vectors)
         squares = np.floor((xy / self.extent + 1) / 2 * lattice)
         for square in np.ndindex(lattice, lattice):
@@ -145,7 +145,7 @@ def chart(title, series, xs, xlabel, width=520, height=360, logx=True, logy=True
     series: tuples (name, color, thin, values); values[i] are the measurements at xs[i], one per
     seed.  A curve runs through their means, and bars show one standard deviation; an x without
     values is skipped.  ticks: the x values that are marked, all xs by default.  limits: (low, high)
-    of the y axis, fitted to the values by default.  floor: (y, words) shades all that lies below.
+    of the y axis, fitted to the values by default.  floor: (y, words) shades everything below y.
     """
     canvas = Canvas(width, height)
     left, top, right, bottom = 46, 36, width - 8, height - 48
@@ -180,7 +180,7 @@ def chart(title, series, xs, xlabel, width=520, height=360, logx=True, logy=True
                 canvas.line([(px(x), py(mean + std)), (px(x), py(mean - std))], color, 1)
         canvas.line(points, color, 1.2 if thin else 2.6)
         canvas.dots(points, color, 2.4 if thin else 3.6)
-        names.append((points[-2 if thin else -1], name, color))        # not two in one place
+        names.append((points[-2 if thin else -1], name, color))        # so labels do not overlap
     for (x, y), name, color in names:                     # above every curve
         canvas.text(x - 6, y - 10, name, 14, color, "rs", halo=PAPER)
     canvas.text(left, 8, title, 18)

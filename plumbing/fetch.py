@@ -1,8 +1,8 @@
 """Published weights and data sets: downloaded once into a cache, checked, unpacked.
 
-A download grows in `.NAME.part` beside its target and is renamed when it is complete and its
-checksum is right.  If the connection breaks, the download resumes where it stopped, in the next
-run too.
+A download is written to `.NAME.part` next to its target and renamed when it is complete and its
+checksum is right.  If the connection breaks, the download resumes where it stopped, even in
+the next run.
 
 Environment: NOVAE_CACHE, a folder instead of ~/.cache/novae; HF_ENDPOINT, a mirror of
 https://huggingface.co; HF_TOKEN, for gated repositories there; HTTPS_PROXY and the like.
@@ -23,13 +23,13 @@ except ImportError:                          # Windows: do not start two runs at
 
 HUB = "https://huggingface.co"
 TRIES = 5                                    # failures in a row without a new byte
-WAIT = 1.0                                   # seconds before the second try, doubled for each next
+WAIT = 1.0                                   # seconds before the second try, doubled after each
 TIMEOUT = 30                                 # seconds without an answer
 NETWORK = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
 class Retry(Exception):
-    """A failure that may pass: what happened and, optionally, what to do if it does not."""
+    """A failure that may be temporary: what happened and, optionally, what to do if it persists."""
 
 
 def cache_dir():
@@ -39,7 +39,7 @@ def cache_dir():
 
 @contextlib.contextmanager
 def file_lock(path, wait=True):
-    """Lets one process at a time make `path`: check again inside whether it exists by now.
+    """Lets one process at a time make `path`: check again inside whether it exists.
 
     Yields whether the lock is held: without `wait`, False at once if another process holds it.
     When a process dies, the system frees its lock.  UserError: the folder is not writable.
@@ -68,7 +68,7 @@ def fetch(url, path, sha256=None, md5=None, size=None, token=None):
     """Download `url` to `path` unless it exists, and check it either way; -> Path.
 
     sha256, md5: hex digests; size: bytes; token: sent to the host of `url` only, not to where it
-    redirects.  The hub states the sha256 of its large files, which is checked if none is given.
+    redirects.  The hub reports the sha256 of its large files, which is checked if none is given.
     UserError, one line each: no network, 401/403, 404, a server that keeps failing, truncation
     (the part file is kept and resumed); a wrong size or checksum, an HTML page or Git-LFS pointer
     instead of the file, a full disk (the part file is removed).
@@ -98,7 +98,7 @@ def _download(url, path, known, token):
             if not problem:
                 return os.replace(part, path)
             part.unlink()
-            # it may have begun with another version of the file: then try once more from the start
+            # the part may be of another version of the file: then try once more from the start
             raise (Retry if begun else UserError)(f"{url}: {problem}; the download was removed")
         except Retry as error:
             tried, most = 1 if _length(part) > most else tried + 1, max(most, _length(part))
@@ -117,7 +117,7 @@ def _download(url, path, known, token):
 
 
 def _receive(url, path, size, token):
-    """One request that appends what the part file lacks -> what the server states: size, sha256."""
+    """One request that appends what the part file lacks -> size, sha256 as the server reports."""
     part, have, cut = _part(path), _length(_part(path)), False
     if have and have == size:                              # killed just before the renaming
         return {}
@@ -167,9 +167,9 @@ def _request(url, path, have, token):
     if code in (200, 206, 416):
         return reply
     if code in (408, 429) or code >= 500:
-        raise Retry(f"{url}: the server fails (HTTP {code})", "try later")
+        raise Retry(f"{url}: server error (HTTP {code})", "try later")
     if code in (401, 403) and gated:
-        what = "the token in HF_TOKEN is refused" if token else "a gated repository"
+        what = "the token in HF_TOKEN was rejected" if token else "a gated repository"
         raise UserError(f"{url}: HTTP {code}, {what}: accept the terms on {page}, and set HF_TOKEN "
                         "to a valid token of that account")
     raise UserError(f"{url}: HTTP {code}, {reply.reason or 'unexpected'}")
@@ -187,11 +187,11 @@ def _problem(path, size, sha256, md5):
     """What is wrong with a file, or None."""
     with open(path, "rb") as file:
         head = file.read(512)
-        # a safetensors file may begin like a page, " <": its brace tells them apart
+        # a safetensors file may begin like a page, " <": its brace distinguishes it
         if head[8:9] != b"{" and config.wrong_kind(head):
             return config.wrong_kind(head)
         if size is not None and _length(path) != size:
-            return f"has {_length(path):,} bytes and not {size:,}"
+            return f"has {_length(path):,} bytes, not {size:,}"
         for kind, digest in dict(sha256=sha256, md5=md5).items():
             file.seek(0)
             if digest and hashlib.file_digest(file, kind).hexdigest() != digest:
@@ -206,7 +206,7 @@ def unpack(archive, folder, most_bytes=8 << 30):
 
     If everything is in one top folder, that becomes `folder`.  It appears complete or not at all.
     UserError: damaged or empty, larger than most_bytes once unpacked, a full disk, or a member that
-    no data set needs: a link, a device, a name that leads out of the folder.
+    no data set needs: a link, a device, a path that leads out of the folder.
     """
     archive, folder = Path(archive), Path(folder)
     part = _part(folder)
@@ -244,7 +244,7 @@ def _extract(archive, part, most_bytes):
             parts = member.name.replace("\\", "/").split("/")
             if not parts[0] or ".." in parts or not (member.isreg() or member.isdir()):
                 raise UserError(f"{archive}: {member.name!r} is a link or device, or would land "
-                                "outside of the folder; refused")
+                                "outside the folder; refused")
             room -= member.size + 512                      # even an empty file takes space
             if room < 0:
                 raise UserError(f"{archive}: more than {most_bytes:,} bytes once unpacked; refused")

@@ -1,4 +1,4 @@
-"""The adversarial loss of VQGAN (arXiv 2012.09841), which stage 1 uses at full size: a PatchGAN
+"""The adversarial loss of VQGAN (arXiv 2012.09841), which stage 1 can use: a PatchGAN
 discriminator, hinge loss, and a weight that adapts to the other losses."""
 import torch
 import torch.nn as nn

@@ -1,9 +1,9 @@
-"""LPIPS: how different two images look, by the features of a frozen VGG16.
+"""LPIPS: how different two images look, measured in the features of a frozen VGG16.
 
-L1 rates a texture shifted by one pixel as all wrong, and blur as nearly right; a human does not.
+L1 rates a texture shifted by one pixel as all wrong and blur as nearly right; humans do not.
 LPIPS (Zhang et al., arXiv 1801.03924) compares the feature maps of a classifier after each of its
 five levels, each channel weighted to agree with human judgments.  Stage 1 at full size minimizes it
-beside L1.
+together with L1.
 
 It reads two files, downloaded once: VGG16 (553 MB, of which only the convolutions, 59 MB, are used)
 and the heads, five rows of channel weights (7 KB, version 0.1).
@@ -28,7 +28,7 @@ HEADS = dict(
 
 
 class LPIPS(nn.Module):
-    """The metric, version 0.1 with VGG16.  Random until `load_lpips` fills it; always frozen."""
+    """The metric, version 0.1 with VGG16.  Random until `load_lpips` sets its weights; frozen."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class LPIPS(nn.Module):
             self.ends.append(len(layers) - 1)      # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
         self.features = nn.Sequential(*layers)
         self.heads = nn.ParameterList(torch.rand(1, C, 1, 1) for C, _ in LEVELS)
-        # ImageNet's mean and standard deviation, moved to [-1, 1] and rounded as the authors did
+        # ImageNet's mean and standard deviation, rescaled to [-1, 1] and rounded as by the authors
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(3, 1, 1))
         self.eval().requires_grad_(False)
@@ -52,7 +52,7 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def maps(self, images):
-        """[-1, 1] (B, 3, H, W) -> five maps float32 (B, C, h, w), each place of length 1."""
+        """[-1, 1] (B, 3, H, W) -> five maps float32 (B, C, h, w), of length 1 at each position."""
         x, found = (images.float() - self.shift) / self.scale, []
         for i, layer in enumerate(self.features):
             x = layer(x)                           # in the caller's autocast; the rest is float32
@@ -68,13 +68,13 @@ class LPIPS(nn.Module):
         broadcast silently) or sides too small for four halvings.
         """
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 16:
-            raise ValueError(f"LPIPS takes two (B, 3, H, W) of one shape, H and W >= 16, not "
+            raise ValueError(f"LPIPS needs two (B, 3, H, W) of one shape, H and W >= 16, not "
                              f"{tuple(x.shape)} and {tuple(y.shape)}")
         with torch.no_grad():
             target = self.maps(y)
         distance = 0.0
         for a, b, head in zip(self.maps(x), target, self.heads):
-            # eq. 1, but the head multiplies the square, as the released weights were trained.
+            # eq. 1, but the head multiplies the square, as when the released weights were trained.
             # Elementwise instead of a 1x1 convolution, which autocast would run in bf16.
             distance = distance + (head * (a - b).square()).sum(1).mean((1, 2))         # (B,)
         return distance
@@ -96,7 +96,7 @@ def load_lpips(device="cpu", vgg=None, heads=None):
 
 
 def fill(module, path, what, prefix, suffix=""):
-    """Copy a file's tensors into a module, whose names there have this prefix and suffix."""
+    """Copy a file's tensors into a module; their names in the file have this prefix and suffix."""
     saved = load(path)
     try:
         module.load_state_dict({k.removeprefix(prefix).removesuffix(suffix): v

@@ -1,8 +1,8 @@
 """Muon for the weight matrices of a network and AdamW for everything else, as one optimizer.
 
 Muon (Keller Jordan et al., kellerjordan.github.io/posts/muon) replaces the momentum of a weight
-matrix by the nearest orthogonal matrix, so that every direction of it learns at the same rate; few
-steps then do the work of many.  torch.optim.Muon takes 2-D parameters only; here a convolution
+matrix with the nearest orthogonal matrix, so that all its directions learn at the same rate, which
+can save many steps.  torch.optim.Muon takes 2-D parameters only; here a convolution
 (out, in, k, k) counts as a matrix (out, in k k), because most of a decoder's weights are in them.
 """
 import torch
@@ -12,8 +12,8 @@ def orthogonalize(matrices, steps=3):
     """Matrices (B, m, n) -> the same with their singular values moved toward 1.
 
     Newton-Schulz iteration of an odd polynomial in bfloat16, as in the original, but three steps
-    instead of five, for speed.  Equal shapes come together because one large product is faster than
-    many small ones.
+    instead of five, for speed.  Matrices of equal shape are batched: one large product is faster
+    than many small ones.
     """
     x = matrices.bfloat16()
     x = x.mT if matrices.shape[1] > matrices.shape[2] else x            # the short side first
@@ -26,7 +26,7 @@ def orthogonalize(matrices, steps=3):
 
 
 class Muon(torch.optim.Optimizer):
-    """matrices: parameters of two or more dimensions, the first of which is the output's."""
+    """matrices: parameters of two or more dimensions, the first for the output."""
 
     def __init__(self, matrices, lr, momentum=0.95, steps=3):
         super().__init__(matrices, dict(lr=lr, momentum=momentum, steps=steps))
@@ -46,14 +46,14 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(grads, momenta, group["momentum"])       # Nesterov
                 updates = orthogonalize(torch.stack([g.flatten(1) for g in ahead]), group["steps"])
-                # tall matrices get larger steps, so that outputs change alike in all layers
+                # tall matrices get larger steps, so that outputs change equally in all layers
                 size = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
                 for p, update in zip(parameters, updates):
                     p.sub_(update.view_as(p), alpha=size)
 
 
 class MuonAdamW:
-    """Muon on `matrices` and AdamW on `others`, with the methods of one optimizer.  A group's
+    """Muon on `matrices` and AdamW on `others`, with the interface of one optimizer.  A group's
     `lr_scale` is its learning rate relative to the schedule's."""
 
     def __init__(self, matrices, others, lr, muon_lr, betas):
@@ -63,7 +63,7 @@ class MuonAdamW:
 
     @property
     def param_groups(self):
-        """Those of both parts; loading a state replaces them, hence not stored."""
+        """The groups of both parts; not stored, because loading a state replaces them."""
         return [group for part in self.parts for group in part.param_groups]
 
     def zero_grad(self, set_to_none=True):
@@ -83,7 +83,7 @@ class MuonAdamW:
 
 
 def optimizer(parameters, matrices, lr, muon_lr, betas):
-    """-> MuonAdamW with `matrices`, a part of the parameters, on Muon; AdamW if muon_lr is 0."""
+    """-> MuonAdamW with Muon on `matrices`, a subset of the parameters; AdamW if muon_lr is 0."""
     if not muon_lr:
         return torch.optim.AdamW(parameters, lr, betas, weight_decay=0.0, fused=True)
     ours = {id(p) for p in matrices}

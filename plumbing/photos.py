@@ -1,6 +1,6 @@
 """Folders of images: listed, split into train and test, decoded to uint8 arrays; archives to fetch.
 
-A folder holds one sub-folder per class, directly or inside train/ and val/.
+A folder has one subfolder per class, directly or inside train/ and val/.
 """
 import os, unicodedata, warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ ARCHIVES = {                   # ten classes of ImageNet each: easy ones, and br
                    dict(md5="3df6f0d01a2c9592104656642f5e78a3")),
     "imagenette-full": (FASTAI + "imagenette2.tgz",          # 1.6 GB; as in ImageNet
                         dict(md5="fe2fc210e6bb7c5664d602c3cd71e612")),
-    "imagewoof": (FASTAI + "imagewoof2-320.tgz",             # the sha256 that third parties record
+    "imagewoof": (FASTAI + "imagewoof2-320.tgz",             # the sha256 is from third parties
                   dict(sha256="4e4905ed7643120daaf9bf3b2ef7f3a7e8396d9bdaf254a38c6f01f618b4973d")),
 }
 WORDS = {                      # ImageNet's names of these classes -> words
@@ -52,7 +52,7 @@ def find_folder(name):
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test")}
-HELD_OUT = 10                  # every tenth image of a class, if there is no folder for the test
+HELD_OUT = 10                  # every tenth image of a class, if there is no test folder
 
 
 def list_folder(root, split, classes=""):
@@ -75,12 +75,12 @@ def list_folder(root, split, classes=""):
     for label, name in enumerate(folders):
         folder = (of_split if separate else top) / name
         files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()
-                       and not f.name.startswith("."))       # macOS leaves ._NAME beside NAME
+                       and not f.name.startswith("."))       # macOS leaves ._NAME next to NAME
         if not files:
             raise UserError(f"{folder}: no images in this class ({', '.join(sorted(SUFFIXES))})")
         if not separate:
             if len(files) < 2:
-                raise UserError(f"{folder}: holds one image; the test split needs another one")
+                raise UserError(f"{folder}: has only one image; the test split needs another")
             held = files[HELD_OUT - 1::HELD_OUT] or files[-1:]
             files = held if split == "test" else [f for f in files if f not in set(held)]
         paths += files
@@ -89,9 +89,9 @@ def list_folder(root, split, classes=""):
 
 
 def _chosen(folders, classes, root):
-    """Those of the folders that --classes names, by their own names or the ones in WORDS."""
+    """The folders that --classes names, by their own names or those in WORDS."""
     if not folders:
-        raise UserError(f"--data {root}: holds no sub-folders; it needs one per class")
+        raise UserError(f"--data {root}: has no subfolders; it needs one per class")
     same = [_same(name) for name in folders]
     twins = [name for name in folders if same.count(_same(name)) > 1]
     if twins:
@@ -115,7 +115,7 @@ def _chosen(folders, classes, root):
 
 
 def _same(name):
-    """Equal for names that a person would take for one: case, composed accents."""
+    """Equal for names that differ only in case or in how accents are encoded."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -134,9 +134,9 @@ MOST_PIXELS = 90_000_000       # per image; more is a mistake, or a decompressio
 def decode(path, size):
     """An image file -> uint8 (3, size, size) RGB; OSError or ValueError if it cannot be read.
 
-    ADM's center crop: halve with a box filter while it is twice too large, then resize bicubically,
-    then crop.  Rotated as its EXIF says; transparency over white; the first frame of an animation;
-    16-bit gray and floats are scaled to 8 bits.
+    ADM's center crop: halve with a box filter while at least twice too large, resize
+    bicubically, crop.  Rotated as its EXIF says; transparency over white; the first frame of an
+    animation; 16-bit gray and floats are scaled to 8 bits.
     """
     with Image.open(path, formats=FORMATS) as image:
         image.draft("RGB", (2 * size, 2 * size))             # a JPEG can be decoded smaller
@@ -145,9 +145,9 @@ def decode(path, size):
         image.load()
         try:
             image = ImageOps.exif_transpose(image)
-        except Exception:                                    # damaged EXIF beside a good image
+        except Exception:                                    # damaged EXIF in a good image
             pass
-        if image.mode[0] in "IF":                            # 16 bits and more
+        if image.mode[0] in "IF":                            # 16 bits or more
             values = np.nan_to_num(np.asarray(image, np.float32))
             white = 65535 if image.mode[0] == "I" else 1 if values.max() <= 1 else 255
             values = (values * (255 / white)).round().clip(0, 255)
@@ -211,7 +211,7 @@ def decode_folder(root, paths, labels, names, size, out):
 
 
 def _decoded(paths, size):
-    """Yields each path's array, or a line that says why it cannot be read."""
+    """Yields each path's array, or a line that explains why it cannot be read."""
     def one(path):
         try:
             return decode(path, size)

@@ -136,13 +136,14 @@ def test_downloads_that_fail_say_why_in_one_line(serve, tmp_path, monkeypatch):
         fetch.fetch(at + name, path, **more)
     server.plan = {"/f": [403, 418] + [503] * fetch.TRIES, "/a/b/resolve/main/f": [401, 403]}
     for words, more in [
-            ("HTTP 403, Forbidden", {}), ("HTTP 418", {}), ("fails .HTTP 503.; try later", {}),
+            ("HTTP 403, Forbidden", {}), ("HTTP 418", {}),
+            ("server error .HTTP 503.; try later", {}),
             ("HTTP 404, Not Found", dict(name="other")),
             (f"gated.*{server.url}/a/b, and set HF_TOKEN", dict(hub=True)),
-            ("the token in HF_TOKEN is refused", dict(hub=True, token="secret")),
+            ("the token in HF_TOKEN was rejected", dict(hub=True, token="secret")),
             ("Git-LFS pointer", dict(name="lfs", size=9)), ("HTML page", dict(name="html")),
             ("empty", dict(name="empty")), ("its sha256 is wrong.*removed", dict(sha256="0" * 64)),
-            ("its md5 is wrong", dict(md5="0")), ("300,000 bytes and not 7", dict(size=7))]:
+            ("its md5 is wrong", dict(md5="0")), ("300,000 bytes, not 7", dict(size=7))]:
         with pytest.raises(UserError, match=words):
             get(**more)
         assert left(path.parent) == []
@@ -282,9 +283,9 @@ def test_some_of_a_folders_classes(tmp_path):
 
 def test_bad_folders_end_in_one_line(tmp_path):
     root = tmp_path / "root"
-    for make, words in [(lambda: None, "no such folder"), (root.mkdir, "no sub-folders"),
+    for make, words in [(lambda: None, "no such folder"), (root.mkdir, "no subfolders"),
                         ((root / "a").mkdir, "no images"),
-                        ((root / "a/0.png").touch, "holds one image")]:
+                        ((root / "a/0.png").touch, "has only one image")]:
         make()
         refuses(str(root), words, call=photos.list_folder, root=root, split="train")
     (root / "A").mkdir()
@@ -452,7 +453,7 @@ def test_encoder_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "WAIT", 0)
     torch.save({**saved, "kind": "ae"}, tmp_path / "ae.pt")
     torch.save({**saved, "config": dict(width=3)}, tmp_path / "fields.pt")
-    refuses("holds ae, not dino", "lab.pretrain", call=load_dino, source=tmp_path / "ae.pt")
+    refuses("contains ae, not dino", "lab.pretrain", call=load_dino, source=tmp_path / "ae.pt")
     refuses("fields.pt: not a DINOv3", "width", call=load_dino, source=tmp_path / "fields.pt")
     refuses("vits61: no such file", "not a model name", call=load_dino, source="vits61")
     refuses("timm/vit_small_plus_patch16_dinov3", "'tiny'", call=load_dino, source="vits16plus")
@@ -476,7 +477,7 @@ def test_a_file_that_does_not_fit_names_its_tensor(tmp_path):
     refused("meta", '"blocks.2.norm1.bias"', '"junk"', "mismatch for norm.weight", "[7]",
             drop=["blocks.2.norm1.bias"], **{"junk": torch.ones(1), "norm.weight": torch.ones(7)})
     name, ones = "blocks.1.attn.qkv.bias", torch.ones(384)
-    refused("meta", f"{name}_mask holds NaN", **{name + "_mask": ones * torch.nan})
+    refused("meta", f"{name}_mask contains NaN", **{name + "_mask": ones * torch.nan})
     refused("meta", "a bias for k", **{name + "_mask": ones, name: ones})
     refused("meta", "whole numbers", **{name: ones.long()})
     refused("hf", "a bias for k", **{"layer.0.attention.k_proj.bias": torch.ones(128)})

@@ -1,4 +1,4 @@
-"""What the three test files share: the command line, in a process of its own or in this one."""
+"""What the three test files share: the command line, in its own process or in this one."""
 import contextlib, io, os, re, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +21,7 @@ def start(script):
 
 
 def run(script, *args, cwd, **more):
-    """A script or module as a user starts it, in a process of its own."""
+    """A script or module as a user starts it, in its own process."""
     return subprocess.run([*start(script), *map(str, args)], cwd=cwd, text=True, timeout=300,
                           capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, **more)
 
@@ -58,7 +58,7 @@ def refuses(*words, call, **more):
 
 
 def picture(path, size=(50, 40), mode="RGB", **more):
-    """Write a picture file of noise."""
+    """Write an image file of noise."""
     rng = np.random.default_rng(sum(path.name.encode()))
     array = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(array).convert(mode).save(path, **more)

@@ -1,4 +1,4 @@
-"""Encoder weights: finding or fetching them, every published checkpoint layout, encoders of timm.
+"""Encoder weights: finding or fetching them, every published checkpoint layout, timm encoders.
 
 Nothing here knows the model.  `read_encoder` turns any file into plain data: a dict of the
 configuration and a dict of tensors under Meta's names, which `dino.load_dino` then loads strictly.
@@ -33,12 +33,12 @@ LICENSE = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
 def find_weights(source, names):
     """-> the Path of an existing file, downloaded if necessary.
 
-    source: "tiny", one of the model `names`, "hf:" and a name, or a path.  UserError says what to
-    do when there is no such file.
+    source: "tiny", one of the model `names`, "hf:" and a name, or a path.  UserError explains what
+    to do when there is no such file.
     """
     name = source.removeprefix("hf:")
     if name in names:
-        # a file as Meta calls it, or just NAME.pth; `vits16` must not match `vits16plus`, and
+        # a file as Meta names it, or just NAME.pth; `vits16` must not match `vits16plus`, and
         # sorting prefers the weights of photographs (lvd) to those of satellite images (sat)
         pattern = rf"(dinov3_)?{name}([-_.].*)?\.(pth|pt|bin|safetensors)"
         for path in sorted(cache_dir().glob("*")) if name == source else ():
@@ -57,7 +57,7 @@ def fetch_weights(source):
     """A model name, or "hf:" and a name -> the Path of its file in the cache, from the hub."""
     name = source.removeprefix("hf:")
     if name not in TIMM:
-        raise UserError(f"{source}: no weights in {cache_dir()}; Meta gives them on request "
+        raise UserError(f"{source}: no weights in {cache_dir()}; Meta provides them on request "
                         "(ai.meta.com/resources/models-and-libraries/dinov3-downloads); save the "
                         f"file there as {name}.pth, or give its path")
     repository, path = f"timm/vit_{TIMM[name]}_patch16_dinov3.lvd1689m", f"{name}.safetensors"
@@ -83,8 +83,8 @@ DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torc
 def read_safetensors(path):
     """A .safetensors file -> dict of tensors: 8 bytes of length, a JSON header, then the data.
 
-    It runs no code and allocates no more than the file is large, whatever the header claims: the
-    tensors must follow each other without a gap or overlap.  UserError says what is wrong.
+    It runs no code and allocates no more than the size of the file, whatever the header claims: the
+    tensors must follow each other without a gap or overlap.  UserError explains what is wrong.
     """
     with open(path, "rb") as file:
         size, head = os.fstat(file.fileno()).st_size, file.read(512)
@@ -134,7 +134,7 @@ def unwrap(checkpoint):
 # ---------------------------------------------------------------- layouts
 
 # What Meta's names (ours) are called in the other two layouts.  q, k and v are one tensor in Meta's
-# and three in transformers'; so are their biases in timm's.  transformers says up_proj for two
+# and three in transformers'; so are their biases in timm's.  transformers uses up_proj for two
 # different things, fc1 and w2.
 LAYOUTS = {
     "Meta": {},
@@ -192,8 +192,8 @@ def read_encoder(path):
 def translate(tensors, layout):
     """A file's tensors -> the same under Meta's names, float32.
 
-    KeyError: a missing tensor; ValueError, RuntimeError: one that cannot be right.  What is left
-    over keeps its name.
+    KeyError: a missing tensor; ValueError, RuntimeError: an impossible one.  Unknown tensors
+    keep their names.
     """
     gated = any(theirs(layout, "mlp.w1.") in key for key in tensors)
     names = {their: our for our, their in LAYOUTS[layout].items()
@@ -204,7 +204,7 @@ def translate(tensors, layout):
             key = key.replace(their, our)
         state[key] = value.float().contiguous()
         require(value.is_floating_point() and state[key].isfinite().all(),
-                f"{key} holds NaN, infinity or whole numbers")
+                f"{key} contains NaN, infinity or whole numbers")
     for key in "local_cls_norm.weight", "local_cls_norm.bias":    # for training's small crops
         state.pop(key, None)
     # three tensors that are one here; no layout has a bias for k
@@ -214,9 +214,9 @@ def translate(tensors, layout):
         if "{}" in key:
             state[key.format("qkv")] = torch.cat([state.pop(key.format(x)) for x in "qkv"])
     for key in [key for key in state if key.endswith("attn.qkv.bias")]:
-        # the released files say "no bias" by a mask of zeros
+        # the released files express "no bias" by a mask of zeros
         state[key] = state[key] * state.pop(key + "_mask", torch.ones(()))
-        require(not state[key].chunk(3)[1].any(), f"{key} has a bias for k, DINOv3 has none")
+        require(not state[key].chunk(3)[1].any(), f"{key} has a bias for k; DINOv3 has none")
     # only pretraining needs it: timm drops it, transformers has it as (1, 1, D)
     empty = torch.zeros(state["cls_token"].shape[-1])
     state["mask_token"] = state.get("mask_token", empty).reshape(1, -1)
@@ -278,8 +278,8 @@ class TimmViT(nn.Module):
         known = self.net.pretrained_cfg
         self.config = SimpleNamespace(timm=name, mean=tuple(known["mean"]), std=tuple(known["std"]))
         self.dim = self.net.num_features
-        # DINOv2's patch of 14 pixels counts as 16, which the levels of the decoder can make: it
-        # sees an image of 256 pixels at 224
+        # DINOv2's patch of 14 pixels counts as 16, which the levels of the decoder can produce:
+        # an image of 256 pixels is resized to 224
         self.patch = 1 << (self.own_patch - 1).bit_length()
         self.freeze()
 
@@ -288,7 +288,7 @@ class TimmViT(nn.Module):
         return self.eval().requires_grad_(False)
 
     def train(self, mode=True):
-        """Stays in eval mode, whatever a parent module says."""
+        """Stays in eval mode when a parent's `train()` is called."""
         return super().train(False)
 
     def normalize(self, images):
