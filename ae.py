@@ -5,7 +5,7 @@ detail.  A small trainable residual ViT adds a few channels that carry the rest;
 matched to DINO's, so that neither part dominates the other.  A convolutional decoder turns both
 back into pixels (SVG, arXiv 2510.15301, section 3.2 and Figure 5).
 
-    python ae.py                              # shapes, 32 px; 3.9 minutes on two CPU cores
+    python ae.py                              # shapes, 32 px; 1.9 minutes on two CPU cores
     python ae.py --latent vae --out out/vae   # the baseline: a KL-VAE built from the same networks
     python ae.py --data ~/photos --size 64    # a folder with one sub-folder per class
 
@@ -105,7 +105,7 @@ class Config:
 
 
 PRESETS = {
-    # 2 CPU cores (AMD EPYC), seed 0, 3.9 min: 26.0 dB, SSIM .733; judge accuracy .998 of 1,000.
+    # 2 CPU cores (AMD EPYC), seed 0, 1.9 min: 25.9 dB, SSIM .731; see RESULTS.md, The default.
     "shapes": dict(),
     # 2 CPU cores, 6 s: barely trained, but writes every file.
     "debug": dict(images=1000, steps=20, batch=16, ch=16, enc_dim=32, enc_depth=1, enc_stem=8,
