@@ -198,6 +198,11 @@ class DiT(nn.Module):
             nn.init.zeros_(m.weight)                    # adaLN-zero: each block starts as identity
             nn.init.zeros_(m.bias)
 
+    def matrices(self):
+        """The weights of attention and MLP, which Muon trains."""
+        return [p for block in self.blocks for part in (block.qkv, block.proj, block.mlp)
+                for p in part.parameters() if p.ndim > 1]
+
     def positions(self, h, w, device):
         """The fixed 2-D embedding (h*w, D) of any grid: half for the row, half for the column."""
         rows = sincos(torch.arange(h, device=device), self.dim // 2)
@@ -258,9 +263,8 @@ def train(c):
     model = DiT(ae.latent_dim, len(ae.class_names), c.dim, c.depth, c.heads).to(device)
     ema = DiT(ae.latent_dim, len(ae.class_names), c.dim, c.depth, c.heads).to(device).eval()
     ema.load_state_dict(model.state_dict())
-    matrices = [p for block in model.blocks for part in (block.qkv, block.proj, block.mlp)
-                for p in part.parameters() if p.ndim > 1]
-    optimizer = muon.optimizer([*model.parameters()], matrices, c.lr, c.muon, (0.9, c.beta2))
+    optimizer = muon.optimizer([*model.parameters()], model.matrices(), c.lr, c.muon,
+                               (0.9, c.beta2))
     scaler = config.scaler(device, c.precision)
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     config.restore(checkpoint, parts)

@@ -179,8 +179,7 @@ def ae_step(m):
     """A training step of stage 1 with its preset's losses, as in ae.train."""
     a, model, g = m.a, m.ae, config.generator(0)
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in model.decoder.layers.parameters() if p.ndim > 1]
-    optimizer = muon.optimizer(trained, matrices, a.lr, a.muon, (a.beta1, a.beta2))
+    optimizer = muon.optimizer(trained, model.matrices(), a.lr, a.muon, (a.beta1, a.beta2))
     gan = GAN(a, m.device, m.autocast) if a.gan else None
     lpips = LPIPS().to(m.device) if a.perceptual_net == "lpips" else None
 
@@ -205,9 +204,8 @@ def ae_step(m):
 def dit_step(m, shape, side):
     """A training step of stage 2 for a DiT of (width, depth, heads), as in dit.train."""
     model, ema = m.dit(shape), m.dit(shape).eval()
-    matrices = [p for block in model.blocks for part in (block.qkv, block.proj, block.mlp)
-                for p in part.parameters() if p.ndim > 1]
-    optimizer = muon.optimizer([*model.parameters()], matrices, m.d.lr, m.d.muon, (0.9, m.d.beta2))
+    optimizer = muon.optimizer([*model.parameters()], model.matrices(), m.d.lr, m.d.muon,
+                               (0.9, m.d.beta2))
 
     def step(batch, autocast):
         z, y = m.latents(batch, side)
