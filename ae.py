@@ -22,14 +22,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import load_images, to_float, to_uint8
+from data import evenly, load_images, to_float, to_uint8
 from dino import Block, DINOv3, ViTConfig, load_dino, rebuild
 from metrics import psnr, ssim
 from plumbing import config, muon
 from plumbing.config import UserError, check_training, field, require
 from plumbing.draw import save_grid
 from plumbing.fetch import file_lock
-from plumbing.gan import GAN
+from plumbing.gan import GAN, adaptive_weight
 from plumbing.lpips import load_lpips
 
 # Letters: B batch, S image side, h w the latent grid, N = h w tokens,
@@ -43,9 +43,10 @@ class Config:
     """Stage 1."""
     preset: str = field("shapes", "a named set of the options below")
     out: str = field("", "folder for the results; out/<preset> if empty")
-    data: str = field("shapes", "shapes, imagenette, imagewoof, or a folder")
+    data: str = field("shapes", "shapes, shapes-color (its classes are colors), imagenette, "
+                      "imagewoof, or a folder")
     classes: str = field("", "only these classes: comma-separated names, or a file of names")
-    images: int = field(0, "train only on the first N images of the data set; 0: all")
+    images: int = field(0, "train only on N images, evenly spaced in the data set; 0: all")
     size: int = field(32, "image side in pixels; a multiple of the encoder's patch")
     crop: str = field("center", "which square of an image to train on (code: random)",
                       ("center", "random"))
@@ -70,12 +71,15 @@ class Config:
     res_blocks: int = field(1, "residual blocks per level, plus one (paper: 2)")
     vae_dim: int = field(16, "channels of the VAE's latent (--latent vae only)")
     kl: float = field(1e-4, "weight of the KL divergence per latent value (--latent vae only)")
+    align: float = field(0.0, "weight of VA-VAE's alignment of the latent to the frozen encoder's "
+                         "tokens (--latent vae only; VA-VAE: 0.1)")
     perceptual: float = field(0.5, "weight of the perceptual loss (paper: 1)")
-    perceptual_net: str = field("encoder", "features it compares: the frozen encoder's, or LPIPS "
-                                "on VGG16 (paper: lpips)", ("encoder", "lpips"))
+    perceptual_net: str = field("encoder", "features it compares: the frozen encoder's, those of "
+                                "the tiny encoder whatever --encoder is, or LPIPS on VGG16 (paper: "
+                                "lpips)", ("encoder", "tiny", "lpips"))
     gan: float = field(0.0, "weight of the PatchGAN loss (paper: 0.5)")
     gan_start: int = field(2500, "steps before the discriminator joins (paper: 2,501)")
-    steps: int = field(650, "optimizer steps")
+    steps: int = field(700, "optimizer steps")
     batch: int = field(32, "images per step, over all ranks together (paper: 512)")
     lr: float = field(1.5e-3, "learning rate (paper: 1e-4)")
     muon: float = field(0.02, "learning rate of Muon on the decoder's matrices; 0: Adam (paper: 0)")
@@ -96,11 +100,15 @@ class Config:
         """ValueError for impossible values, before anything is read or written."""
         check_training(self)
         for name, least in dict(size=8, images=0, residual_dim=1, muon=0, vae_dim=1, layer=0, ch=8,
-                                enc_dim=32, perceptual=0, gan=0, kl=0, clip=0, noise=0).items():
+                                enc_dim=32, perceptual=0, gan=0, kl=0, align=0, clip=0,
+                                noise=0).items():
             require(getattr(self, name) >= least, f"--{name} must be at least {least}")
         require(0 <= self.mask_prob < 1, "--mask_prob must be in [0, 1)")
         require(self.ch % 8 == 0, "--ch must be a multiple of 8")
         require(self.enc_dim % 32 == 0, "--enc_dim must be a multiple of 32")
+        require(not self.align or self.latent == "vae", "--align needs --latent vae")
+        require(self.perceptual_net != "tiny" or self.size % 8 == 0,
+                f"--perceptual_net tiny needs a --size that is a multiple of 8, not {self.size}")
         require(self.mult and min(self.mult) > 0, "--mult must be positive numbers")
 
 
@@ -272,6 +280,8 @@ class AutoEncoder(nn.Module):
             self.match = DistributionMatching()
             self.mask_token = nn.Parameter(0.02 * torch.randn(c.residual_dim))
         self.decoder = Decoder(self.latent_dim, c.ch, c.mult, c.res_blocks)
+        if c.align:                      # last, so that the other weights start as without it
+            self.align = nn.Linear(c.vae_dim, encoder.dim, bias=False)
         self.register_buffer("mean", torch.zeros(self.latent_dim, 1, 1))
         self.register_buffer("std", torch.ones(self.latent_dim, 1, 1))
 
@@ -326,8 +336,14 @@ class AutoEncoder(nn.Module):
         return tokens.transpose(1, 2).reshape(len(tokens), -1, h, w)
 
     def forward(self, images, generator=None):
-        """The training pass: [-1, 1] (B, 3, H, W) -> reconstruction (unbounded), KL."""
+        """The training pass: [-1, 1] (B, 3, H, W) -> reconstruction (unbounded), KL; with --align
+        also what `alignment_loss` takes."""
         tokens, kl = self.tokens(images, generator)
+        aligned = ()
+        if self.config.align:
+            with torch.no_grad():
+                h = self.semantics(self.dino.normalize(images)).float()        # (B, N, D)
+            aligned = self.align(tokens).float(), h
         if self.training and self.config.noise:
             # sigma |N(0, tau^2)| per image (RAE, section 4.3): sampled latents are never exact
             draw = lambda *shape: config.send(
@@ -335,7 +351,7 @@ class AutoEncoder(nn.Module):
             sigma = self.config.noise * draw(len(tokens), 1, 1).abs()
             std = config.all_rows(tokens.detach()).std((0, 1))
             tokens = tokens + sigma * std * draw(*tokens.shape)
-        return self.decoder(self.grid(tokens, images)).float(), kl
+        return self.decoder(self.grid(tokens, images)).float(), kl, *aligned
 
     @torch.no_grad()
     def encode(self, images):
@@ -362,6 +378,27 @@ def perceptual_loss(dino, x, y):
                        - F.layer_norm(b.float(), b.shape[-1:])).square().mean()
     return loss / len(target)
 
+
+def choose_perceptual(c, model, device):
+    """-> function (decoded, images) -> their distance, in the features of --perceptual_net."""
+    if c.perceptual and c.perceptual_net == "lpips":
+        lpips = load_lpips(device)
+        return lambda y, x: lpips(y, x).mean()
+    return partial(perceptual_loss,
+                   load_dino("tiny", device) if c.perceptual_net == "tiny" else model.dino)
+
+
+def alignment_loss(z, h, cosine_margin=0.5, distance_margin=0.25):
+    """VA-VAE's two losses (arXiv 2501.01423, section 3.2): a latent token, mapped linearly to the
+    encoder's width, should point where the encoder's token does; and any two tokens of an image
+    should be as far apart in angle as the encoder's are.  No loss within the margins.
+
+    z (B, N, D): sampled latent tokens, mapped; h (B, N, D): the encoder's.
+    """
+    z, h = F.normalize(z, dim=-1), F.normalize(h, dim=-1)
+    pointwise = F.relu(1 - cosine_margin - (z * h).sum(-1)).mean()
+    return pointwise + F.relu((z @ z.mT - h @ h.mT).abs() - distance_margin).mean()
+
 # ---------------------------------------------------------------- load
 
 
@@ -385,8 +422,10 @@ def load_pictures(ae, split="train"):
     (M,)"""
     c = ae.config
     images, labels, _ = load_images(c.data, c.size, split, classes=c.classes)
-    part = slice(c.images or None) if split == "train" else slice(None)
-    return images[part], labels[part]
+    if split == "train" and c.images:
+        part = evenly(len(images), c.images)
+        return images[part.numpy()], labels[part]
+    return images, labels
 
 
 @torch.no_grad()
@@ -446,10 +485,7 @@ def train(c):
     optimizer = muon.optimizer(trained, model.matrices(), c.lr, c.muon, (c.beta1, c.beta2))
     scaler = config.scaler(device, c.precision)
     gan = GAN(c, device, autocast, scaler) if c.gan else None
-    perceptual_distance = lambda y, x: perceptual_loss(model.dino, y, x)
-    if c.perceptual and c.perceptual_net == "lpips":
-        lpips = load_lpips(device)
-        perceptual_distance = lambda y, x: lpips(y, x).mean()
+    perceptual_distance = choose_perceptual(c, model, device)
 
     def save(step, fingerprint=None):
         if config.rank() == 0:
@@ -470,13 +506,19 @@ def train(c):
     for step in loop:
         x, g = batch(step)                                             # (B, 3, S, S)
         with autocast():
-            y, kl = network(x, g)
+            y, kl, *aligned = network(x, g)
             perceptual = perceptual_distance(y, x) if c.perceptual else y.new_zeros(())
         # ---- EDIT HERE for ablations: the loss ----
         l1 = (y - x).abs().mean()
         # ---- EXERCISE 7: the squared error instead of l1 ----
         reconstruction = l1 + c.perceptual * perceptual
         loss = reconstruction + c.kl * kl
+        shown = dict(l1=l1, perceptual=perceptual)
+        if c.align:
+            shown["alignment"] = alignment = alignment_loss(*aligned)
+            weight = adaptive_weight(reconstruction, alignment, model.residual.head[-1].weight, 1e8,
+                                     scaler.scale(torch.ones((), device=device)))
+            loss = loss + c.align * weight * alignment
         if gan and step >= c.gan_start:
             loss = loss + gan.generator_loss(y, reconstruction, model.decoder.conv_out.weight)
         # -------------------------------------------
@@ -488,7 +530,7 @@ def train(c):
         if gan and step >= c.gan_start:
             gan.step(x, y)
         scaler.update()
-        loop.log(loss, l1=l1, perceptual=perceptual)
+        loop.log(loss, **shown)
     measure_statistics(model.eval(), images, autocast, device, c.normalize == "scalar")
     model.fingerprint = config.fingerprint(model.state_dict())
     save(c.steps, model.fingerprint)
@@ -499,10 +541,13 @@ def train(c):
 def feed(c, device):
     """-> function step -> (images (B, 3, S, S) in [-1, 1], the step's generator); all training
     images uint8; class names."""
-    images, _, class_names = load_images(c.data, c.size, "train", classes=c.classes)
-    images = images[:c.images or None]
+    def load(size):
+        images, _, class_names = load_images(c.data, size, "train", classes=c.classes)
+        return (images[evenly(len(images), c.images).numpy()] if c.images else images), class_names
+
+    images, class_names = load(c.size)
     if c.crop == "random":                               # crops come from larger squares
-        larger = load_images(c.data, c.size * 9 // 8, "train", classes=c.classes)[0]
+        larger, _ = load(c.size * 9 // 8)
 
     def batch(step):
         g = config.generator(c.seed, step)               # all randomness of this step
@@ -537,13 +582,14 @@ def announce(c, device, model, count):
 
 
 @torch.no_grad()
-def measure_statistics(model, images, autocast, device, scalar=False, most=20000):
-    """Fill `mean` and `std`: per channel over the training images, in eval mode; with `scalar` one
-    of each for all channels, which leaves their different scales for the DiT."""
+def measure_statistics(model, images, autocast, device, scalar=False, most=5000):
+    """Fill `mean` and `std`: per channel over `most` training images, in eval mode; with `scalar`
+    one of each for all channels, which leaves their different scales for the DiT."""
     first, second = torch.zeros(2, model.latent_dim, dtype=torch.float64, device=device)
     count = torch.zeros(1, dtype=torch.float64, device=device)
-    for start in range(500 * config.rank(), min(most, len(images)), 500 * config.world()):
-        x = to_float(images, slice(start, start + 500), None, device)
+    parts = evenly(len(images), most).split(500)
+    for part in parts[config.my_rows()]:
+        x = to_float(images, part, None, device)
         with autocast():
             z = model.tokens(x)[0].double().flatten(0, 1)                      # (B N, C)
         first, second, count = first + z.sum(0), second + z.square().sum(0), count + len(z)
@@ -561,10 +607,12 @@ def evaluate(c, model, autocast, device):
     model.eval()
     if config.rank():                                    # one process writes
         return model
-    x = to_float(load_pictures(model, "test")[0], slice(0, 2000), None, device)
+    held = load_pictures(model, "test")[0]
+    x = to_float(held, evenly(len(held), 2000), None, device)
     with autocast():
         y = torch.cat([model.decode(model.encode(part)) for part in x.split(250)])
-    pairs = torch.stack([x[:64], y[:64]], 1).flatten(0, 1)         # image, reconstruction, ...
+    few = evenly(len(x), 64)
+    pairs = torch.stack([x[few], y[few]], 1).flatten(0, 1)         # image, reconstruction, ...
     save_grid(Path(c.out) / "reconstructions.png", to_uint8(pairs), 16)
     print(f"reconstruction of {len(x)} held-out images, seed {c.seed}:\n"
           f"psnr_db: {psnr(x, y).mean():.2f}\nssim: {ssim(x, y).mean():.3f}")

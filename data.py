@@ -192,6 +192,20 @@ def _surface(color, grid, uniform):
             torch.stack([shift.norm(dim=1), amplitude * (kind[:, 0] < 0.5)], -1))
 
 
+# the class in `shapes-color` is the object's hue; ten equal sectors, and red is the middle of the
+# first (between 9 and 11 % of the images each)
+COLOR_NAMES = ("red", "orange", "yellow", "green", "emerald", "cyan", "azure", "blue", "purple",
+               "pink")
+
+
+def hue_classes(rgb):
+    """Colors (n, 3), RGB in any one unit -> int64 (n,), indices of COLOR_NAMES: the angle around
+    the axis of grays.  A color near gray has one too, but a small error changes it."""
+    r, g, b = rgb.T
+    angle = torch.atan2(math.sqrt(3) * (g - b), 2 * r - g - b)
+    return (angle * len(COLOR_NAMES) / (2 * math.pi)).round().long() % len(COLOR_NAMES)
+
+
 # ---------------------------------------------------------------- loading
 
 SHAPES_SPLITS = {"train": (20_000, 0), "test": (2_000, 1)}         # images, seed
@@ -201,11 +215,18 @@ VERSION = 1                    # of the cache: raise it when `shapes` or the dec
 def load_images(name, size, split="train", cache="out/data", classes=""):
     """A data set -> images uint8 (M, 3, size, size) memory-mapped, labels int64 (M,), class names.
 
-    name: `shapes`, `imagenette` and the like (downloaded the first time), or a folder; size: side
-    in pixels, images are center-cropped; split: train or test; classes: use only these, as in
-    `list_folder`.  Decoded once into `cache`, and again if the folder has changed.  UserError: a
-    folder that `list_folder` or `decode_folder` rejects, or a download that fails.
+    name: `shapes`, `shapes-color` (the same images, the class is the object's color), `imagenette`
+    and the like (downloaded the first time), or a folder; size: side in pixels, images are
+    center-cropped; split: train or test; classes: use only these, as in `list_folder`.  Decoded
+    once into `cache`, and again if the folder has changed.  UserError: a folder that `list_folder`
+    or `decode_folder` rejects, or a download that fails.
     """
+    if name == "shapes-color":
+        images, _, _ = load_images("shapes", size, split, cache, classes)
+        count, seed = SHAPES_SPLITS[split]
+        *_, drawn = shapes(count, 1, seed, factors=True)    # the same at any size; 1 takes no time
+        _, front, *_ = drawn.split(list(FACTORS.values()), 1)
+        return images, hue_classes(front), list(COLOR_NAMES)
     if name == "shapes":
         if classes:
             raise UserError("--classes selects classes of a folder; it does not apply to shapes")
@@ -232,6 +253,13 @@ def load_images(name, size, split="train", cache="out/data", classes=""):
     return np.load(images_path, mmap_mode="r"), torch.from_numpy(np.load(labels_path)), names
 
 
+def evenly(count, n):
+    """n of the rows 0 to count - 1 (all if n is 0 or too large), evenly spaced: int64 (n,).  In a
+    folder sorted by class, the first n rows would be the first classes."""
+    n = min(n or count, count)
+    return torch.arange(n) * count // n
+
+
 def to_float(images, index, flip=None, device="cpu"):
     """Rows `index` of uint8 images -> float32 in [-1, 1] (B, 3, S, S) on the device.
 
@@ -256,7 +284,7 @@ def to_uint8(images):
 @dataclass
 class Config:
     """A page of examples."""
-    data: str = config.field("shapes", "shapes, imagenette, imagewoof, or a folder")
+    data: str = config.field("shapes", "shapes, shapes-color, imagenette, imagewoof, or a folder")
     size: int = config.field(32, "side of an image in pixels")
     columns: int = config.field(16, "images per class; ten classes at most")
     out: str = config.field("out/data/page.png", "the file to write")

@@ -2,7 +2,7 @@
 
 The DiT (arXiv 2212.09748) with QK-norm, as SVG trains it (arXiv 2510.15301, section 3.3): one token
 per latent position, adaLN-zero, label dropout for guidance, fixed sine-cosine positions.  It trains
-on cached latents, so no encoder runs in the loop.
+on cached latents, so no encoder runs in the loop, except with --repa.
 
     python dit.py                                     # shapes; 3.0 minutes on two CPU cores
     python dit.py --out out/vae                       # on the latents of another autoencoder
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from ae import load_ae, load_latents, load_pictures
 from data import to_float, to_uint8
 from dino import attention
-from flow import auto_shift, draw, euler, flow_loss, guided
+from flow import ab2, auto_shift, draw, flow_loss, guided
 from plumbing import config, muon
 from plumbing.config import UserError, check_training, field, require
 from plumbing.draw import save_grid
@@ -45,10 +46,12 @@ class Config:
     # ---- EDIT HERE for ablations: the flow ----
     shift: str = field("2.5", "time shift in training, above 1: more time near noise; auto: RAE's "
                        "rule, by the size of the latent (code: 2.5)")
-    sample_shift: str = field("4", "time shift in sampling, same convention (code: 6.67)")
+    sample_shift: str = field("3", "time shift in sampling, same convention (code: 6.67)")
     drop: float = field(0.1, "fraction of labels replaced by 'no class', for guidance (paper: 0.1)")
     # -------------------------------------------
-    steps: int = field(1750, "optimizer steps")
+    repa: float = field(0.0, "weight of REPA: an early block's tokens are aligned to the frozen "
+                        "encoder's (REPA: 0.5)")
+    steps: int = field(1600, "optimizer steps")
     batch: int = field(64, "latents per step, over all ranks together (paper: 256)")
     micro_batch: int = field(0, "latents at a time, for a small GPU; 0: all. Same gradient")
     lr: float = field(4e-3, "learning rate (paper: 1e-4)")
@@ -76,7 +79,7 @@ class Config:
         self.heads = self.heads or heads
         check_training(self)
         for name, least in dict(dim=1, depth=1, heads=1, micro_batch=0, clip=0, muon=0,
-                                preview_every=1).items():
+                                repa=0, preview_every=1).items():
             require(getattr(self, name) >= least, f"--{name} must be at least {least}")
         require(self.dim % self.heads == 0, f"--dim {self.dim} must be a multiple of --heads "
                 f"{self.heads}")
@@ -161,7 +164,8 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         # QK-norm keeps the logits from growing until bfloat16 breaks; the heads share its weights
         self.q_norm, self.k_norm = nn.LayerNorm(dim // heads), nn.LayerNorm(dim // heads)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
+        # DiT's GELU is the tanh approximation, which takes 3 times as long on a CPU
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.ada = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
@@ -209,17 +213,40 @@ class DiT(nn.Module):
         columns = sincos(torch.arange(w, device=device), self.dim // 2)
         return torch.cat([columns.repeat(h, 1), rows.repeat_interleave(w, 0)], 1)
 
-    def forward(self, x, t, y):
-        """x (B, C, h, w), t (B,) in [0, 1], y (B,) in 0..classes -> velocity (B, C, h, w)"""
+    def forward(self, x, t, y, hidden=None):
+        """x (B, C, h, w), t (B,) in [0, 1], y (B,) in 0..classes -> velocity (B, C, h, w).
+        hidden: a list, to which the tokens (B, N, D) after each block are added."""
         B, C, h, w = x.shape
         # ---- EXERCISE 9: no positions here ----
         z = self.inp(x.flatten(2).transpose(1, 2)) + self.positions(h, w, x.device)    # (B, N, D)
         c = self.time(t) + self.label(y)                                       # (B, D)
         for block in self.blocks:
             z = block(z, c)
+            if hidden is not None:
+                hidden.append(z)
         shift, scale = self.ada(c).chunk(2, 1)
         v = self.out(modulate(self.norm(z), shift, scale)).float()             # (B, N, C)
         return v.transpose(1, 2).reshape(B, C, h, w)
+
+
+class Repa(nn.Module):
+    """REPA (arXiv 2410.06940): an MLP should find the frozen encoder's tokens of the clean image in
+    the DiT's hidden tokens of the noisy latent.  It trains with the DiT; sampling does without."""
+
+    def __init__(self, c, width):
+        """c: a Config; width: the encoder's."""
+        super().__init__()
+        self.weight, self.block = c.repa, max(1, c.depth // 3)        # paper: the 8th block of 28
+        wide = 2 * c.dim                                              # paper: 2048 at width 1152
+        self.mlp = nn.Sequential(nn.Linear(c.dim, wide), nn.SiLU(), nn.Linear(wide, wide),
+                                 nn.SiLU(), nn.Linear(wide, width))
+
+    def forward(self, hidden, h):
+        """The list from `DiT.forward` and the encoder's tokens (B, N, width) -> loss (B,)"""
+        found = self.mlp(hidden[self.block - 1]).float()
+        cosine = F.cosine_similarity(found, h, dim=-1).mean(1)
+        self.cosine = cosine.detach().mean()                          # of the last call, for show
+        return self.weight * (1 - cosine)
 
 # ---------------------------------------------------------------- load
 
@@ -263,10 +290,11 @@ def train(c):
     model = DiT(ae.latent_dim, len(ae.class_names), c.dim, c.depth, c.heads).to(device)
     ema = DiT(ae.latent_dim, len(ae.class_names), c.dim, c.depth, c.heads).to(device).eval()
     ema.load_state_dict(model.state_dict())
-    optimizer = muon.optimizer([*model.parameters()], model.matrices(), c.lr, c.muon,
-                               (0.9, c.beta2))
+    extra = dict(repa=Repa(c, ae.dino.dim).to(device)) if c.repa else {}
+    trained = [p for part in (model, *extra.values()) for p in part.parameters()]
+    optimizer = muon.optimizer(trained, model.matrices(), c.lr, c.muon, (0.9, c.beta2))
     scaler = config.scaler(device, c.precision)
-    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
+    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler, **extra)
     config.restore(checkpoint, parts)
 
     def save(step, path=path, names=tuple(parts)):
@@ -283,13 +311,13 @@ def train(c):
     start, began, by_time = checkpoint["step"] if checkpoint else 0, time.time(), LossByTime(device)
     loop, following = config.Loop("dit", c, optimizer, path, save, start), batch(start)
     for step in loop:
-        x1, y, noise = following                                   # (B, C, h, w), (B,)
+        x1, y, noise, h = following                                # (B, C, h, w), (B,)
         optimizer.zero_grad(set_to_none=True)
         pair = draw(x1.new_empty(c.batch, *x1.shape[1:]), shift, noise)    # for all ranks' rows
         pair = [part[config.my_rows()] for part in pair]
-        losses, t = gradients(network, x1, y, pair, c.micro_batch, autocast, scaler)
+        losses, t = gradients(network, x1, y, pair, c.micro_batch, autocast, scaler, h, **extra)
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), c.clip or float("inf"))
+        nn.utils.clip_grad_norm_(trained, c.clip or float("inf"))
         scaler.step(optimizer)
         scaler.update()
         with torch.no_grad():
@@ -309,15 +337,17 @@ def train(c):
     preview(out / "preview.png", ema, ae, sample_shift, device, autocast)
     seconds = time.time() - began
     print(f"seconds: {seconds:.0f}\nloss: {by_time}\n"
-          f"latents_per_second: {c.batch * (c.steps - start) / seconds:.0f}")
+          f"latents_per_second: {c.batch * (c.steps - start) / seconds:.0f}",
+          *(f"\nrepa_cosine: {repa.cosine:.3f}" for repa in extra.values()), sep="")
     return load_dit(path, device)
 
 
 def feed(c, ae, folder, device, autocast):
-    """-> function step -> (x1 (B, C, h, w), y (B,), generator of the noise); number of images."""
+    """-> function step -> (x1 (B, C, h, w), y (B,), generator of the noise, with --repa the
+    encoder's tokens (B, N, D), else None); number of images."""
     if c.cache:
         latents, labels = load_latents(ae, folder, device, autocast)
-    else:
+    if c.repa or not c.cache:
         images, labels = load_pictures(ae)
 
     def batch(step):
@@ -326,33 +356,42 @@ def feed(c, ae, folder, device, autocast):
         flip = (torch.rand(c.batch, generator=g) < 0.5).long()
         dropped = torch.rand(c.batch, generator=g) < c.drop
         y = torch.where(dropped, len(ae.class_names), labels[index])
-        mine = config.my_rows()
+        mine, h = config.my_rows(), None
+        if c.repa or not c.cache:
+            x = to_float(images, index[mine], flip[mine] == 1, device)
+        if c.repa:
+            with autocast(), torch.no_grad():
+                h = ae.semantics(ae.dino.normalize(x)).float()
         if c.cache:
             x1 = torch.from_numpy(latents[flip[mine].numpy(), index[mine].numpy()])
             x1 = config.send(x1, device)
         else:
-            x = to_float(images, index[mine], flip[mine] == 1, device)
             with autocast():
                 x1 = ae.encode(x)
         noise = config.generator(c.seed + 1_000_000, step, device)
-        return x1.float(), config.send(y[mine], device), noise
+        return x1.float(), config.send(y[mine], device), noise, h
     return batch, len(labels)
 
 
-def gradients(model, x1, y, pair, micro_batch, autocast, scaler=config.UNSCALED):
+def gradients(model, x1, y, pair, micro_batch, autocast, scaler=config.UNSCALED, h=None, repa=None):
     """Add the gradient of the mean loss of x1 (B, ...) to the parameters -> losses (B,), t (B,).
 
     `micro_batch` samples at a time, 0 for all at once: each part is weighted by its size, so that
-    the sum is the gradient of the whole batch."""
+    the sum is the gradient of the whole batch.  With a `Repa` and the encoder's tokens h (B, N, D)
+    the gradient includes its loss; the result does not."""
     B, losses = len(x1), []
     for start in range(0, B, micro_batch or B):
         part = slice(start, start + (micro_batch or B))
         # the ranks exchange gradients once per step (what DistributedDataParallel.no_sync sets)
         model.require_backward_grad_sync = part.stop >= B
+        hidden = [] if repa else None
         with autocast():
-            loss, _ = flow_loss(model, x1[part], y[part], pair=(pair[0][part], pair[1][part]))
-        scaler.scale(loss.sum() / B).backward()
+            loss, _ = flow_loss(model, x1[part], y[part], hidden, pair=[p[part] for p in pair])
+            total = loss + repa(hidden, h[part]) if repa else loss
+        scaler.scale(total.sum() / B).backward()
         losses.append(loss.detach())
+    if repa:
+        config.all_reduce_mean([p.grad for p in repa.parameters()])
     return torch.cat(losses), pair[1]
 
 
@@ -395,7 +434,7 @@ def announce(c, device, model, ae, count, shift):
 
 @torch.no_grad()
 def preview(path, model, ae, shift, device, autocast):
-    """A grid with one row per class (at most ten), always from the same noise, guidance 2."""
+    """A grid with one row per class (at most ten), always from the same noise, guidance 3."""
     if config.rank():
         return
     columns = 10 if ae.image_size <= 64 else 2
@@ -404,7 +443,7 @@ def preview(path, model, ae, shift, device, autocast):
                         generator=config.generator(123))
     noise = noise[:len(y)].to(device)
     with autocast():
-        z = euler(guided(model, y, model.classes, 2.0), noise, 10, shift)
+        z = ab2(guided(model, y, model.classes, 3.0), noise, 10, shift)
         images = ae.decode(z)
     save_grid(path, to_uint8(images), columns)
 

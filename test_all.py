@@ -41,9 +41,12 @@ def test_the_exact_velocity_of_a_gaussian_transports_noise_to_it():
     errors = [(flow.euler(gaussian_velocity(2.0, 0.5), x0, n) - exact).abs().max().item()
               for n in (50, 100)]
     assert 0.4 < errors[1] / errors[0] < 0.6                      # Euler: first order
-    errors = [(flow.heun(gaussian_velocity(2.0, 0.5), x0, n) - exact).abs().max().item()
-              for n in (20, 40)]
-    assert 0.2 < errors[1] / errors[0] < 0.3                      # Heun: second order
+    for sampler in (flow.heun, flow.ab2):
+        errors = [(sampler(gaussian_velocity(2.0, 0.5), x0, n) - exact).abs().max().item()
+                  for n in (80, 160)]
+        assert 0.2 < errors[1] / errors[0] < 0.3                  # second order
+        unequal = sampler(gaussian_velocity(2.0, 0.5), x0, 320, shift=4.0)
+        assert (unequal - exact).abs().max() < 1e-4               # Euler's error: .005
     shifted = flow.euler(gaussian_velocity(2.0, 0.5), x0, 400, shift=4.0)
     assert (shifted - exact).abs().max() < 0.02                   # the clock does not move the end
 
@@ -68,10 +71,12 @@ def test_shift_time():
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
 def test_steps_asked_are_steps_done(steps):
-    calls, seen = [], []
-    flow.euler(lambda x, t: calls.append(t) or torch.ones_like(x), torch.zeros(2, 3), steps,
-               callback=lambda i, t, x: seen.append((i, t)))
-    assert len(calls) == steps and calls[0] == 0 and len(seen) == steps + 1 and seen[-1][1] == 1
+    for sampler in (flow.euler, flow.ab2):
+        calls, seen = [], []
+        end = sampler(lambda x, t: calls.append(t) or torch.ones_like(x), torch.zeros(2, 3), steps,
+                      callback=lambda i, t, x: seen.append((i, t)))
+        assert len(calls) == steps and calls[0] == 0 and torch.allclose(end, torch.ones(2, 3))
+        assert len(seen) == steps + 1 and seen[-1][1] == 1
     calls.clear()
     flow.heun(lambda x, t: calls.append(t) or torch.ones_like(x), torch.zeros(2, 3), steps)
     assert len(calls) == 2 * steps
@@ -94,8 +99,9 @@ def test_guidance_blends_every_channel_and_scale_one_costs_one_call():
     assert sizes == [8, 4, 4]
 
 
-def test_the_samplers_state_stays_float32():
-    x = flow.euler(lambda x, t: torch.ones_like(x).bfloat16(), torch.ones(1).bfloat16(), 1000)
+@pytest.mark.parametrize("sampler", [flow.euler, flow.ab2])
+def test_the_samplers_state_stays_float32(sampler):
+    x = sampler(lambda x, t: torch.ones_like(x).bfloat16(), torch.ones(1).bfloat16(), 1000)
     assert x.dtype == torch.float32 and abs(x.item() - 2) < 1e-3   # bfloat16 would stay at 1
 
 
@@ -224,7 +230,7 @@ def test_the_toy_writes_its_three_files(tmp_path):
     assert float(found["exact_entangled_consistency"]) < 0.5
     out = tmp_path / "out/toy_debug"
     assert {p.name for p in out.iterdir()} == {f"toy_flow.{kind}" for kind in ("png", "gif", "tsv")}
-    assert len((out / "toy_flow.tsv").read_text().splitlines()) == 1 + 2 * 4 * 16
+    assert len((out / "toy_flow.tsv").read_text().splitlines()) == 1 + 2 * 4 * 28
     one_line(call(toy_flow, "--samples", 3, cwd=tmp_path), "--samples", "40", code=2)
 
 
@@ -1275,6 +1281,167 @@ def test_every_flag_of_the_commands_in_the_texts_exists(command):
         assert words.pop(0) in (*evidence.EXPERIMENTS, "all")
     if words[:1] != ["--check"]:                         # lab.pretrain --check NAME IMAGE
         config.parse(module.Config, module.PRESETS, words)
+
+# ---------------------------------------------------------------- VA-VAE and REPA
+
+
+def vae_with(**flags):
+    """An untrained VAE of the debug preset, in training mode."""
+    torch.manual_seed(0)
+    c = ae.Config(**{**ae.PRESETS["debug"], "latent": "vae", **flags})
+    return ae.AutoEncoder(c, dino.load_dino("tiny")).train()
+
+
+def few_shapes(n=6):
+    return data.to_float(data.shapes(n, 32, 0)[0].numpy(), slice(None))
+
+
+def test_alignment_loss_is_the_slow_loop():
+    torch.manual_seed(0)
+    z, h = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    cos = lambda a, b: (a @ b / a.norm() / b.norm()).item()
+    points = [max(0, 1 - .5 - cos(a, b)) for a, b in zip(z.flatten(0, 1), h.flatten(0, 1))]
+    images = [list(zip(*image)) for image in zip(z, h)]           # pairs of tokens of one image
+    pairs = [max(0, abs(cos(a, b) - cos(f, g)) - .25)
+             for image in images for a, f in image for b, g in image]
+    slow = sum(points) / 6 + sum(pairs) / 18
+    assert ae.alignment_loss(z, h).item() == pytest.approx(slow, abs=1e-5)
+    assert ae.alignment_loss(h * 3, h) == 0                       # angles only
+
+
+def test_alignment_trains_the_residual_encoder_and_its_own_map_only():
+    model, x = vae_with(align=0.1), few_shapes()
+    ae.alignment_loss(*model(x, config.generator(0))[2:]).backward()
+    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == {"residual", "align"}
+    assert model.residual.vit.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+def test_without_alignment_nothing_is_added_and_with_it_the_rest_starts_the_same():
+    plain, aligned = vae_with().state_dict(), vae_with(align=0.1).state_dict()
+    assert set(aligned) == {*plain, "align.weight"}
+    assert aligned["align.weight"].shape == (96, 16)
+    assert all(torch.equal(v, aligned[k]) for k, v in plain.items())
+    assert len(vae_with()(few_shapes())) == 2
+
+
+def test_alignment_turns_the_mapped_latent_to_the_encoders_tokens(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(ae, "evaluate", lambda c, model, *_: model)       # saves seconds
+    x, cosine = few_shapes(64), []
+    for weight in (1e-9, 1.0):
+        result = call(ae, "--preset", "debug", "--latent", "vae", "--align", weight, "--images", 64,
+                      "--batch", 8, "--steps", 12, "--muon", 0, "--lr", 1e-2,
+                      "--out", tmp_path / str(weight), cwd=work)
+        assert result.returncode == 0, result.stderr
+        model = ae.load_ae(tmp_path / str(weight) / "ae.pt")
+        h = model.semantics(model.dino.normalize(x))
+        cosine.append(F.cosine_similarity(model.align(model.tokens(x)[0]), h, dim=-1).mean())
+    assert abs(cosine[0]) < 0.1 and cosine[1] > 0.2, cosine
+
+
+def test_the_perceptual_net_can_be_fixed():
+    x, y = few_shapes(), few_shapes().flip(0)
+    other = dino.DINOv3(dino.ViTConfig(dim=32, depth=1, heads=1, hidden=32, patch=8)).freeze()
+    tiny = ae.perceptual_loss(dino.load_dino("tiny"), y, x)
+    for encoder in (other, dino.load_dino("tiny")):
+        model = ae.AutoEncoder(ae.Config(**ae.PRESETS["debug"]), encoder)
+        fixed, own = (ae.choose_perceptual(ae.Config(perceptual_net=net), model, "cpu")(y, x)
+                      for net in ("tiny", "encoder"))
+        assert torch.equal(fixed, tiny)
+        assert torch.equal(own, ae.perceptual_loss(encoder, y, x))
+    assert torch.equal(own, tiny)
+
+
+@pytest.mark.parametrize("module, flags, words", [
+    (ae, "--align 0.1", ["--align", "--latent vae"]),
+    (ae, "--align -1 --latent vae", ["--align", "at least 0"]),
+    (ae, "--perceptual_net tiny --size 36", ["--perceptual_net tiny", "--size", "36"]),
+    (dit, "--repa -1", ["--repa", "at least 0"])])
+def test_bad_flags_of_the_alignments(module, flags, words, tmp_path):
+    one_line(call(module, *flags.split(), cwd=tmp_path), *words, code=2)
+
+
+# ---------------------------------------------------------------- dit.py --repa
+
+
+def dit_with_repa():
+    """An untrained DiT of three blocks, its Repa, latents, labels, pair, tokens of width 8."""
+    torch.manual_seed(0)
+    c = dit.Config(dim=32, depth=3, heads=2, repa=0.5)
+    x1, y = torch.randn(10, 12, 4, 4), torch.arange(10)
+    return (dit.DiT(12, 10, 32, 3, 2), dit.Repa(c, 8), x1, y,
+            flow.draw(x1, 2.5, config.generator(0)), torch.randn(10, 16, 8))
+
+
+def test_repa_trains_the_early_blocks_and_its_own_map():
+    model, repa, x1, y, pair, h = dit_with_repa()
+    assert repa.block == 1
+    losses, _ = dit.gradients(model, x1, y, pair, 0, contextlib.nullcontext, h=h, repa=repa)
+    plain, _ = dit.gradients(model, x1, y, pair, 0, contextlib.nullcontext)
+    assert torch.equal(losses, plain)                             # what is shown is the flow's
+    # a DiT begins with gates and an output of zero: the flow's gradient ends there
+    assert model.inp.weight.grad.abs().sum() > 0 and model.blocks[0].ada[1].weight.grad.any()
+    assert not model.blocks[1].ada[1].weight.grad.any()
+    assert all(p.grad.any() for p in repa.parameters())
+
+
+def test_repa_loss_is_one_minus_the_mean_cosine():
+    model, repa, x1, y, (x0, t), h = dit_with_repa()
+    hidden = []
+    model(x1, t, y, hidden)
+    assert [z.shape for z in hidden] == [(10, 16, 32)] * 3
+    found = repa.mlp(hidden[0])
+    slow = [sum(F.cosine_similarity(found[i, n], h[i, n], dim=0) for n in range(16)) / 16
+            for i in range(10)]
+    assert torch.allclose(repa(hidden, h), 0.5 * (1 - torch.stack(slow)), atol=1e-6)
+    assert torch.allclose(repa(hidden, 7 * found.detach()), torch.zeros(10), atol=1e-6)
+
+
+def test_micro_batches_with_repa_give_the_gradient_of_the_whole_batch():
+    (model, repa, x1, y, pair, h), results = dit_with_repa(), []
+    parameters = [*model.parameters(), *repa.parameters()]
+    for p in parameters:
+        nn.init.normal_(p, std=0.05)
+    for micro in (0, 4):                                          # 4 + 4 + 2
+        for p in parameters:
+            p.grad = None
+        dit.gradients(model, x1, y, pair, micro, contextlib.nullcontext, h=h, repa=repa)
+        results.append(torch.cat([p.grad.flatten() for p in parameters]))
+    assert torch.allclose(*results, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_repas_tokens_are_those_of_the_same_mirrored_images(work, tmp_path, cache):
+    """SVG's latent contains the encoder's tokens."""
+    encoder = ae.load_ae(work / "out/debug/ae.pt")
+    c = dit.Config(**{**dit.PRESETS["debug"], "repa": 0.5, "cache": cache})
+    with contextlib.chdir(work):
+        batch, _ = dit.feed(c, encoder, work / "out/debug", "cpu", contextlib.nullcontext)
+        x1, _, _, h = batch(3)
+        assert dit.feed(dit.Config(**{**vars(c), "repa": 0.0}), encoder, work / "out/debug", "cpu",
+                        contextlib.nullcontext)[0](3)[3] is None
+    inside = (x1 * encoder.std + encoder.mean).flatten(2).transpose(1, 2)[..., :encoder.dino.dim]
+    assert h.shape == (32, 16, 96) and (inside - h).abs().mean() < (0.02 if cache else 1e-4)
+
+
+def test_repa_learns_resumes_exactly_and_is_not_part_of_the_dit(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(dit, "preview", lambda *_: None)
+    flags = ["--preset", "debug", "--ae", "out/debug", "--no-decay", "--repa", 0.5]
+    cosine = []
+    for steps, name in ((16, "whole"), (6, "broken"), (16, "broken")):
+        result = call(dit, *flags, "--steps", steps, "--out", tmp_path / name, cwd=work)
+        assert result.returncode == 0, result.stderr
+        cosine.append(float(re.search(r"repa_cosine: (.+)", result.stdout)[1]))
+    assert cosine[0] == cosine[2] > cosine[1] + 0.02
+    a, b = (config.load(tmp_path / name / "dit.pt") for name in ("whole", "broken"))
+    for part in ("model", "ema", "repa"):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
+    model = dit.load_dit(tmp_path / "whole/dit.pt")               # strict
+    plain = config.load(work / "out/debug/dit.pt")
+    assert list(model.state_dict()) == list(plain["ema"]) == list(a["model"])
+    assert "repa" not in plain and set(a) == {*plain, "repa"}
+    other = call(dit, *flags[:-1], 0.1, "--out", tmp_path / "whole", cwd=work)
+    one_line(other, "--repa 0.5 (now 0.1)", "--overwrite")
 
 
 if __name__ == "__main__":                               # python test_all.py exercise_2

@@ -2,12 +2,14 @@
 
     python -m lab.edit --edit cat.png --to star --mask 4,4,28,28   # another class inside a box
     python -m lab.edit --edit held-out       # measured on held-out shapes
+    python -m lab.edit --edit candidates     # compares constants, on training images
     python -m lab.edit --interpolate         # between two noises, and between two classes
 
 Reads what the stages wrote to out/<preset>; writes edit.png and interpolate.png there.
 """
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +30,11 @@ from sample import Scorer, balanced_labels, choose, draw_noise, generate, load
 # ---- EDIT HERE for ablations: what the paper leaves open about editing ----
 EDIT = dict(scale=4.0, t_edit=0.1, blur=1.0, fade=1.0)
 COVER = 1.5                    # a token is entirely free if the mask covers 1 / COVER of it
+# What `candidates` tries on training images, one constant at a time.
+GRID = dict(scale=(2.0, 3.0, 6.0), t_edit=(0.0, 0.2, 0.4), blur=(0.5, 2.0), fade=(0.0, 2.0),
+            margin=(1, 4), steps=(25,))
 # ---------------------------------------------------------------------------
+MEASURED = ("held-out", "training", "candidates")            # values of --edit besides a file
 
 
 @dataclass
@@ -36,8 +42,9 @@ class Config:
     """Editing and interpolation."""
     preset: str = field("shapes", "the preset whose folder is read if --out is empty")
     out: str = field("", "the folder that stage 2 wrote; out/<preset> if empty")
-    edit: str = field("", "the image file to edit; held-out: measure on held-out shapes")
-    to: str = field("", "the class to change to; for held-out, empty: a random other one")
+    edit: str = field("", "the image file to edit; held-out, training: measure on those "
+                      "shapes; candidates: compare constants on training images")
+    to: str = field("", "the class to change to; when measuring, empty: a random other one")
     mask: str = field("", "where to edit: x0,y0,x1,y1 in pixels of the image as cropped and "
                       "resized for the model, or an image file, white where to edit")
     source: str = field("", "the class that the image shows; empty: none")
@@ -48,7 +55,7 @@ class Config:
     classes: str = field("", "for --interpolate: comma-separated names or numbers, five at most")
     steps: int = field(10, "sampler steps")
     scale: float = field(0.0, "guidance scale; 0: 4 for --edit, 2 for --interpolate")
-    n: int = field(0, "images to score; 0: 200 for held-out, 1000 for --interpolate")
+    n: int = field(0, "images to score; 0: 200 for --edit, 1000 for --interpolate")
     seed: int = field(0, "seed of the noise")
     batch: int = field(250, "samples at a time")
     device: str = field("auto", "cuda, cpu, ...; auto uses a GPU when there is one")
@@ -57,7 +64,7 @@ class Config:
         """ValueError for impossible values."""
         require(self.interpolate != bool(self.edit),
                 "give one of --edit IMAGE, --edit held-out or --interpolate")
-        if self.edit not in ("", "held-out"):
+        if self.edit not in ("", *MEASURED):
             require(self.to and self.mask, f"--edit {self.edit} needs --to CLASS and --mask "
                     "x0,y0,x1,y1 or --mask FILE")
         else:
@@ -135,16 +142,19 @@ def latent_mask(masks, side, t, blur, fade):
     return torch.maximum(core, weights @ core @ weights.T * (1 - t) ** fade)
 
 
-def measure_edit(model, ae, n=200, seed=0, to=None, batch=100, sheet=None, **options):
+def measure_edit(model, ae, n=200, seed=0, to=None, batch=100, sheet=None, split="test",
+                 margin=None, **options):
     """Change the class of the first n held-out `shapes`, each inside its object's box.
 
     to: the new class, None: for each image a random one that is not its own; sheet: a file for the
-    first images; options: of `edit`.  -> dict of the fractions that the judge of metrics.py assigns
-    to the new and to the old class, and of PSNRs outside the mask, each also for
-    decode(encode(x)): the floor of the former and the ceiling of the latter.
+    first images; split: train, to choose constants on images that nothing is reported on; margin:
+    pixels between the object and its box, None: 1/16 of the image; options: of `edit`.
+    -> dict of the fractions that the judge of metrics.py assigns to the new and to the old class,
+    and of PSNRs outside the mask, each also for decode(encode(x)): the floor of the former and the
+    ceiling of the latter.
     """
-    images, old, names, cover = shapes(n, ae.image_size, SHAPES_SPLITS["test"][1], masks=True)
-    r = max(1, ae.image_size // 16)
+    images, old, names, cover = shapes(n, ae.image_size, SHAPES_SPLITS[split][1], masks=True)
+    r = max(1, ae.image_size // 16) if margin is None else margin
     masks = F.max_pool2d((cover > 0).float(), 2 * r + 1, 1, r)                 # a little larger
     masks = masks.amax(1, keepdim=True) * masks.amax(2, keepdim=True)          # its box
     turn = torch.randint(1, len(names), (n,), generator=config.generator(seed, 1))
@@ -213,16 +223,33 @@ def choose_one(text, names, flag):
     return found[0]
 
 
-def edit_held_out(c, model, ae, path, to, options):
-    """--edit held-out: print the results of `measure_edit`."""
+def edit_shapes(c, model, ae, path, to, options):
+    """--edit held-out or training: print the results of `measure_edit`; candidates: see there."""
     if ae.config.data != "shapes":
-        raise UserError(f"--edit held-out needs shapes, which has masks and a judge; {c.out} was "
+        raise UserError(f"--edit {c.edit} needs shapes, which has masks and a judge; {c.out} was "
                         f"trained on {ae.config.data}; name an image with --edit FILE")
-    n = min(c.n or 200, SHAPES_SPLITS["test"][0])
-    for name, value in measure_edit(model, ae, n, c.seed, to, min(c.batch, 100), path,
-                                    **options).items():
+    split = "test" if c.edit == "held-out" else "train"
+    n, batch = min(c.n or 200, SHAPES_SPLITS[split][0]), min(c.batch, 100)
+    measure = partial(measure_edit, model, ae, n, c.seed, to, batch, split=split)
+    if c.edit == "candidates":
+        return candidates(measure, options)
+    for name, value in measure(sheet=path, **options).items():
         print(f"{name}: {value:.2f}" if name.endswith("db") else f"{name}: {value:.4g}")
     print(f"wrote {path}: original, reconstruction, mask, edit, and so on")
+
+
+def candidates(measure, options):
+    """Print the scores of `options`, then with each constant in turn replaced by each of GRID.
+    Choose the one that changes most classes without losing PSNR outside; set it in EDIT.
+
+    measure(**options): `measure_edit` on training images, 5 s per line on one CPU core.
+    """
+    keys = dict(edit_judge_new_class="new class", edit_judge_old_class="old class",
+                edit_vs_reconstruction_psnr_outside_db="dB outside")
+    print(f"{'changed':14}" + "".join(f"{name:>11}" for name in keys.values()))
+    for name, value in [("", ""), *((k, v) for k, values in GRID.items() for v in values)]:
+        found = measure(**{**options, **({name: value} if name else {})})
+        print(f"{f'{name} {value}':14}" + "".join(f"{found[k]:11.3f}" for k in keys), flush=True)
 
 
 def edit_file(c, model, ae, path, to, options, seeds=5):
@@ -321,7 +348,7 @@ def main(argv=None):
     path, to = Path(c.out) / "edit.png", choose_one(c.to, ae.class_names, "--to")
     options = dict(steps=c.steps, scale=c.scale or EDIT["scale"], t_edit=c.t_edit, blur=c.blur,
                    fade=c.fade)
-    (edit_held_out if c.edit == "held-out" else edit_file)(c, model, ae, path, to, options)
+    (edit_shapes if c.edit in MEASURED else edit_file)(c, model, ae, path, to, options)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 
 import ae, dit, sample
 from ae import load_ae, load_latents, load_pictures, measure_statistics
-from data import FACTORS, load_images, shapes, to_float, to_uint8
+from data import FACTORS, hue_classes, load_images, shapes, to_float, to_uint8
 from dino import load_dino
 from dit import DiT, load_dit, resolve_shift
-from flow import euler, flow_loss, guided
-from lab import edit, pretrain
-from metrics import knn, linear_classes, linear_probe, psnr, ssim
+from flow import ab2, euler, flow_loss, guided
+from lab import edit, pretrain, spectrum
+from metrics import extract, knn, linear_classes, linear_probe, psnr, ssim
 from plumbing import config
 from plumbing.config import UserError, field, require
 from plumbing.fetch import file_lock
@@ -46,6 +46,7 @@ class Config:
     ae: str = field("", "flags of ae.py, as one string")
     dit: str = field("", "flags of dit.py, as one string")
     pretrain: str = field("", "flags of lab.pretrain, as one string")
+    families: str = field("--batch 128 --steps 2000", "the same, for an encoder of one factor")
     kept: tuple = field((), "steps whose DiT is kept; the last is the one that is scored")
     encoders: tuple = field((), "pretraining steps after which the encoder is tested")
 
@@ -59,23 +60,23 @@ PRETRAINING = "--steps 800 --keep 0,100,200,300,400,600"
 PRESETS = {
     # One core of an AMD EPYC: stage 1 2.5 min, stage 2 1.4 min. 10 steps, guidance 1, three seeds:
     # accuracy .567, Frechet 4.62 (SVG); .220, 7.71 (VAE).
-    "small": dict(ae="--ch 16 --steps 900 --muon 0", pretrain=PRETRAINING, encoders=(0, 300, 600),
-                  dit="--dim 144 --depth 4 --heads 4 --steps 1000 --lr 2e-3 --muon 0 --warmup 200",
-                  kept=(125, 250, 500, 1000)),
+    "small": dict(ae="--ch 16 --steps 400", pretrain=PRETRAINING, encoders=(0, 300, 600),
+                  dit="--dim 144 --depth 4 --heads 4 --steps 700", kept=(100, 200, 400, 700)),
     # The default sizes of ae.py and dit.py; not run here.
-    "full": dict(pretrain=PRETRAINING, encoders=(0, 300, 600), kept=(250, 500, 1000, 1750)),
+    "full": dict(pretrain=PRETRAINING, encoders=(0, 300, 600), kept=(250, 500, 1000, 1600)),
     "debug": dict(ae="--preset debug", dit="--preset debug", seeds=(0,), n=40, kept=(10, 20),
-                  pretrain="--preset debug --keep 0,10", encoders=(0, 10)),
+                  pretrain="--preset debug --keep 0,10", families="--preset debug",
+                  encoders=(0, 10)),
 }
 
 
 class Experiment(NamedTuple):
-    """measures: for each table, the latents that get rows in it.  The rest is for generation: pairs
-    of Euler steps and guidance, the DiTs, the sampler's time shifts ('-': the DiT's own), and
-    whether the weights kept during training are scored too."""
+    """measures: for each table, the latents that get rows in it, 'latent:dit' for one DiT only.
+    The rest is for generation: triples of sampler, steps and guidance, the DiTs, the sampler's
+    time shifts ('-': the DiT's own), and whether the weights kept in training are scored too."""
     about: str
     measures: dict
-    settings: tuple = ((3, 1.0), (10, 1.0), (10, 2.0))
+    settings: tuple = (("ab2", 3, 1.0), ("ab2", 10, 1.0), ("ab2", 10, 2.0))
     dits: tuple = ("base",)
     shifts: tuple = ("-",)
     kept: bool = False
@@ -83,41 +84,71 @@ class Experiment(NamedTuple):
 
 # ---- EDIT HERE: what is compared ----
 LATENTS = {                               # flags of ae.py
-    "svg": "", "vae": "--latent vae", "dino": "--latent dino", "unaligned": "--latent unaligned",
-    "noise": "--noise 0.4", "layer1": "--layer 1", "layer2": "--layer 2", "layer3": "--layer 3",
-}                 # also "encoder<step>", and any with "_scalar" or "_loud": see `rescale_stats`
+    "svg": "", "vae": "--latent vae", "vavae": "--latent vae --align 0.1", "dino": "--latent dino",
+    "unaligned": "--latent unaligned", "noise": "--noise 0.4", "layer2": "--layer 2",
+    **{f"residual{n}": f"--residual_dim {n}" for n in (2, 4, 8, 32)},
+    **{f"vae{n}-{kl}": f"--latent vae --vae_dim {n} --kl {kl}"
+       for n in (8, 16, 32, 112) for kl in ("1e-7", "1e-5", "1e-4")},
+}    # also "encoder<step>", "encodershape", "encodercolor", and any with a suffix: see `derive`
 DITS = {                                  # flags of dit.py
     "base": "", "narrow": "--dim 96 --heads 4", "wide": "--dim 192 --heads 4",
-    "shift1": "--shift 1", "shiftauto": "--shift auto", "shift6.67": "--shift 6.67",
+    "shift1": "--shift 1", "shift4": "--shift 4", "shift6.67": "--shift 6.67",
+    "repa": "--repa 0.5", "longer": "--steps 7800",
 }
-LOUD = 4                                  # factor of the residual in "_loud"
+FAMILIES = ("shape", "color")             # encoders that were trained to predict one factor
 CHANNELS = {"svg": 112, "vae": 16}        # SVG's lies within WIDTHS, of a DiT:
 WIDTHS = (48, 96, 128, 192)
 STEPS = (1, 2, 3, 5, 10, 25, 50)
 PAIR, FOUR = ("svg", "vae"), ("svg", "dino", "unaligned", "vae")
-SCALARS = ("svg_scalar", "unaligned_scalar", "dino_scalar", "unaligned_loud")
-EVERY = ("encoder*", "svg")               # every encoder of --encoders, then the one that ships
+LOUD = tuple(f"svg_x{k}" for k in (0.25, 0.5, 1, 2, 4, 8))
+EVERY = ("encoder*", "encodershape", "encodercolor", "svg")      # encoder*: all of --encoders
 CHANGES = ("untouched", "permuted", "recolored", "ten", "three", "blurred")
+UNGUIDED = (("ab2", 10, 1.0),)
+BOTH = (("ab2", 10, 1.0), ("ab2", 10, 2.0))
+HEADLINE = tuple((sampler, steps, scale) for sampler in ("ab2", "euler")
+                 for steps, scale in ((3, 1.0), (3, 2.0), (10, 1.0), (10, 3.0)))
 
 EXPERIMENTS = {
     "rulers": Experiment(
         "new: what each ruler sees, measured on altered held-out images", dict(rulers=CHANGES)),
-    "steps": Experiment(
-        "Figure 8a, Table 2a: few Euler steps, with and without guidance, SVG against VAE",
-        dict(generation=PAIR, latents=PAIR + ("pixels",)),
-        settings=tuple(itertools.product(STEPS, (1.0, 2.0)))),
     "default": Experiment(
-        "the headline, with --preset full: what the default's own budget gives, SVG against VAE",
-        dict(generation=PAIR, latents=PAIR + ("pixels",)),
-        settings=((1, 1.0), (3, 1.0), (3, 2.0), (10, 1.0), (10, 2.0))),
+        "the headline, with --preset full: what the default's own budget gives, against baselines",
+        dict(generation=("svg", "vae", "vae:longer", "vavae", "vae:repa"),
+             latents=("svg", "vae", "vavae", "pixels")), settings=HEADLINE),
+    "baseline": Experiment(
+        "the VAE's channels and KL weight, with --seeds 9, which no other experiment uses",
+        dict(generation=(name := tuple(z for z in LATENTS if "-1e" in z)), latents=name),
+        settings=BOTH),
+    "baseline2": Experiment(
+        "the tuned VAE's normalization and shifts, with --seeds 9",
+        dict(generation=("vae_scalar", "vae", "vae:shift1", "vae:shift4", "svg")),
+        settings=BOTH, shifts=("1.5", "3", "6")),
+    "steps": Experiment(
+        "Figure 8a, Table 2a: few steps, by sampler and shift, with the class and without (w = 0)",
+        dict(generation=PAIR + ("encoder0",), latents=PAIR + ("encoder0", "pixels")),
+        settings=tuple(itertools.product(("euler",), (1, 2, 3, 5, 10, 50), (1.0,))),
+        shifts=("1.5", "3", "6")),
+    "samplers": Experiment(
+        "the same with the second-order sampler, and without the class",
+        dict(generation=PAIR + ("encoder0",)),
+        settings=(*itertools.product(("ab2",), (1, 2, 3, 5, 10, 50), (1.0,)),
+                  *itertools.product(("euler", "ab2"), (3, 10, 50), (0.0, 2.0)))),
     "training": Experiment(
         "Figure 1: the same during training",
-        dict(generation=PAIR), settings=((10, 1.0), (10, 2.0)), kept=True),
+        dict(generation=PAIR), settings=BOTH, kept=True),
     "fields": Experiment(
-        "Figure 3 on the real latents: direction consistency, straightness", dict(paths=PAIR)),
+        "Figure 3 on the real latents: consistency, straightness; the spectrum of the latents",
+        dict(paths=PAIR + ("dino", "encoder0"), spectra=PAIR + ("dino", "encoder0"))),
     "residual": Experiment(
-        "Figure 5, Table 4: no residual, unaligned, matched; two normalizations",
-        dict(latents=FOUR[:3], generation=FOUR[:3] + SCALARS)),
+        "Figure 5, Table 4: no residual, unaligned, matched",
+        dict(latents=FOUR, generation=FOUR)),
+    "width": Experiment(
+        "the number of residual channels",
+        dict(latents=(name := ("residual2", "residual4", "residual8", "svg", "residual32")),
+             generation=name)),
+    "matching": Experiment(
+        "the residual's loudness beside DINO's, normalized by one scalar",
+        dict(generation=LOUD, spectra=LOUD)),
     "maps": Experiment(
         "Figure 2: how separable the latents are (lab.report --pictures draws the maps)",
         dict(latents=FOUR + ("pixels",))),
@@ -125,27 +156,27 @@ EXPERIMENTS = {
         "Table 4: still a representation? linear segmentation from single tokens",
         dict(dense=FOUR + ("pixels",))),
     "encoder": Experiment(
-        "new: how semantic must the encoder be? checkpoints from its pretraining",
+        "new: how semantic must the encoder be? checkpoints, and encoders of one factor",
         dict(latents=EVERY, generation=EVERY, paths=EVERY, encoders=EVERY)),
+    "dissociation": Experiment(
+        "new: an encoder that knows shape or color, a DiT conditioned on shape or color",
+        dict(generation=tuple(f"encoder{a}{b}" for a in FAMILIES for b in ("", "_color"))),
+        settings=BOTH),
     "layer": Experiment(
         "Table 6: tokens of an earlier layer",
         dict(latents=("layer2", "svg"), generation=("layer2", "svg"))),
     "scaling": Experiment(
-        "Figure 8b: three sizes of DiT",
-        dict(generation=PAIR), ((10, 1.0), (10, 2.0)), ("narrow", "base", "wide")),
+        "Figure 8b: three sizes of DiT", dict(generation=PAIR), BOTH, ("narrow", "base", "wide")),
     "guidance": Experiment(
-        "guidance from 1 to 4",
-        dict(generation=PAIR), tuple((10, w) for w in (1.0, 1.5, 2.0, 3.0, 4.0))),
-    "shift": Experiment(
-        "the time shift of the sampler's steps, RAE's `auto` among them",
-        dict(generation=("svg",)), ((3, 1.0), (10, 1.0)), shifts=("1", "2.5", "4", "6.67", "auto")),
+        "guidance from 1 to 4", dict(generation=PAIR),
+        tuple(("ab2", 10, w) for w in (1.0, 1.5, 2.0, 3.0, 4.0))),
     "trainshift": Experiment(
-        "the time shift in training",
-        dict(generation=("svg",)), dits=("base", "shiftauto", "shift6.67", "shift1")),
+        "the time shift in training", dict(generation=("svg",)), BOTH,
+        ("shift1", "base", "shift4", "shift6.67")),
     "noise": Experiment(
         "RAE: a decoder trained on noisy latents",
         dict(latents=("noise", "svg"), generation=("noise", "svg"))),
-    "width": Experiment("RAE: a DiT narrower than the latent", dict(width=PAIR)),
+    "narrow": Experiment("RAE: a DiT narrower than the latent", dict(width=PAIR)),
     "editing": Experiment("Figure 10: change the class inside a mask", dict(editing=("svg",))),
 }
 # -------------------------------------
@@ -206,9 +237,11 @@ def tables(folder):
         latents=("preset latent seed", "channels psnr ssim knn linear knn_flat linear_flat "
                  f"decoded_{SCORES.replace(' ', ' decoded_')}"),
         dense=("preset latent seed", "tokens miou accuracy"),
-        generation=("preset latent dit seed trained steps scale shift", f"n {SCORES}"),
+        generation=("preset latent dit seed trained sampler steps scale shift", f"n {SCORES}"),
         paths=("preset latent dit seed", "n consistency straightness error1 error2 error5"),
-        encoders=("preset step", "knn linear"),
+        spectra=("preset latent seed", "dimensions effective largest error3 error10 ab3 ab10 "
+                 "shift3 shift10 consistency consistency_all"),
+        encoders=("preset step", "knn linear color"),
         width=("latent channels width seed", "parameters loss"),
         editing=("preset latent seed", "n new_class old_class floor psnr_outside "
                  "psnr_outside_plain psnr_outside_to_plain"),
@@ -216,26 +249,31 @@ def tables(folder):
     return {name: Table(folder, name, *columns) for name, columns in layout.items()}
 
 
+def axes(c, e, table, kinds):
+    """What a table has a row of for each latent and seed -> a list of partial keys."""
+    if table == "width":
+        return [dict(width=width) for width in WIDTHS]
+    if table != "generation":
+        return [dict(dit="base")]
+    return [dict(dit=kind, trained=trained, sampler=sampler, steps=steps, scale=scale, shift=shift)
+            for kind in kinds for trained in (c.kept if e.kept else [last_step(c, kind)])
+            for (sampler, steps, scale), shift in itertools.product(e.settings, e.shifts)]
+
+
 def rows(c, name):
     """The rows that an experiment consists of: pairs of a table and the row's key."""
     e, layout = EXPERIMENTS[name], tables(c.results)
-    trained = c.kept if e.kept else c.kept[-1:]
     for seed, (table, latents) in itertools.product(c.seeds, e.measures.items()):
-        more = [dict(dit="base")]
-        if table == "generation":
-            more = [dict(dit=kind, trained=step, steps=steps, scale=scale, shift=shift)
-                    for kind, step, (steps, scale), shift in
-                    itertools.product(e.dits, trained, e.settings, e.shifts)]
-        elif table == "width":
-            more = [dict(width=width) for width in WIDTHS]
         if latents[0] == "encoder*":
             latents = [*(f"encoder{step}" for step in c.encoders), *latents[1:]]
-        for latent, axes in itertools.product(latents, more):
-            key = dict(axes, preset=c.preset, latent=latent, change=latent,
-                       channels=CHANNELS.get(latent),
-                       seed=0 if latent == "pixels" else seed,        # nothing is random in them
-                       step="shipped" if latent == "svg" else latent.removeprefix("encoder"))
-            yield table, {k: key[k] for k in layout[table].keys}
+        for latent in latents:
+            latent, _, kind = latent.partition(":")
+            for more in axes(c, e, table, [kind] if kind else e.dits):
+                key = dict(more, preset=c.preset, latent=latent, change=latent,
+                           channels=CHANNELS.get(latent),
+                           seed=0 if latent == "pixels" else seed,     # nothing is random in them
+                           step="shipped" if latent == "svg" else latent.removeprefix("encoder"))
+                yield table, {k: key[k] for k in layout[table].keys}
 
 # ---------------------------------------------------------------- training
 
@@ -258,50 +296,59 @@ def timed(c, stage, latent, kind, seed, path, train):
                                       seed=seed, seconds=round(time.time() - began))
 
 
-def encoder_file(c, step):
-    """The tiny encoder after `step` steps of pretraining -> Path."""
-    folder = Path(c.out) / c.preset / "encoder"
+def encoder_file(c, name):
+    """A tiny encoder -> Path.  name: how many steps of pretraining it had, or one of FAMILIES."""
+    folder = Path(c.out) / c.preset / f"encoder{name if name in FAMILIES else ''}"
     with file_lock(folder):                        # another terminal may need it too
         if not (folder / "dino_tiny.pt").is_file():
-            command(pretrain, c.pretrain, 0, folder)
-    return folder / f"dino_tiny_{step}.pt"
+            flags = f"{c.families} --target {name}" if name in FAMILIES else c.pretrain
+            command(pretrain, flags, 0, folder)
+    return folder / ("dino_tiny.pt" if name in FAMILIES else f"dino_tiny_{name}.pt")
 
 
 def stage1(c, latent, seed):
     """Train the autoencoder of that name, unless it is trained -> its folder."""
     folder = Path(c.out) / c.preset / f"{latent}-{seed}"
-    path, (name, _, variant) = folder / "ae.pt", latent.partition("_")
+    path, (name, _, suffix) = folder / "ae.pt", latent.partition("_")
     with file_lock(path):
         if path.is_file() and config.load(path)["fingerprint"]:
             pass
-        elif variant:                    # the same weights, other statistics: nothing to train
-            source = name if variant == "scalar" else f"{name}_scalar"
-            rescale_stats(stage1(c, source, seed) / "ae.pt", path, variant)
+        elif suffix:                                                    # nothing to train
+            derive(stage1(c, name, seed) / "ae.pt", path, suffix)
         else:
-            chosen = (f"--encoder {encoder_file(c, name.removeprefix('encoder'))}"
-                      if name.startswith("encoder") else LATENTS[name])
+            # one perceptual network for all encoders, that of the default
+            chosen = (f"--encoder {encoder_file(c, name.removeprefix('encoder'))} "
+                      "--perceptual_net tiny" if name.startswith("encoder") else LATENTS[name])
             timed(c, "ae", latent, "-", seed, path,
                   lambda: command(ae, f"{c.ae} {chosen}", seed, folder))
     return folder
 
 
-def rescale_stats(source, target, variant):
-    """Write the same autoencoder with other latent statistics.
+def derive(source, target, suffix):
+    """Write the same autoencoder with other statistics or labels.
 
-    scalar: one mean and one standard deviation for all channels.  loud (of a scalar one): the
-    residual's channels are LOUD times larger, as an encoder that is not matched might make them;
-    the decoder undoes it, so the reconstruction is the same.
+    scalar: one mean and one standard deviation for all channels.  x<k>: the same, and then the
+    residual's channels k times larger, as an encoder that is not matched might make them; the
+    decoder divides by k, so the reconstruction is the same.  color: the classes are colors.
     """
     checkpoint, model = config.load_kind(source, "ae", "python -m lab.evidence"), load_ae(source)
-    if variant == "scalar":
+    if suffix == "color":
+        checkpoint["config"]["data"] = "shapes-color"
+        checkpoint["class_names"] = list(load_images("shapes-color", 32)[2])
+    else:
         device, autocast = config.setup("cpu")
         measure_statistics(model, load_pictures(model)[0], autocast, device, scalar=True)
-    else:
-        model.std[-checkpoint["config"]["residual_dim"]:] /= LOUD
-    checkpoint["config"]["normalize"] = "scalar"
+        if suffix != "scalar":
+            model.std[-checkpoint["config"]["residual_dim"]:] /= float(suffix.removeprefix("x"))
+        checkpoint["config"]["normalize"] = "scalar"
     checkpoint["model"] = model.state_dict()
     checkpoint["fingerprint"] = config.fingerprint(checkpoint["model"])
     config.save(target, checkpoint)
+
+
+def last_step(c, kind):
+    """How long a DiT of that kind is trained."""
+    return config.parse(dit.Config, dit.PRESETS, f"{c.dit} {DITS[kind]}".split()).steps
 
 
 def stage2(c, latent, kind, seed):
@@ -310,9 +357,9 @@ def stage2(c, latent, kind, seed):
     folder = source if kind == "base" else source.with_name(f"{latent}-{kind}-{seed}")
     flags = f"{c.dit} {DITS[kind]} --keep {','.join(map(str, c.kept))}"
     where = () if kind == "base" else ("--ae", source)
-    path, steps = folder / "dit.pt", config.parse(dit.Config, dit.PRESETS, flags.split()).steps
+    path = folder / "dit.pt"
     with file_lock(path):
-        if not path.is_file() or load_dit(path).step < steps:
+        if not path.is_file() or load_dit(path).step < last_step(c, kind):
             timed(c, "dit", latent, kind, seed, path,
                   lambda: command(dit, flags, seed, folder, *where))
     return folder
@@ -327,9 +374,22 @@ def scorer():
     return sample.Scorer(SimpleNamespace(image_size=32), "cpu")
 
 
-def scores(images, labels):
-    """uint8 (n, 3, S, S), labels (n,) -> dict of n and SCORES"""
+def color_classes(images):
+    """The class of `shapes-color` that weights/factors.pt sees in each image, uint8 (n, 3, S, S)
+    -> int64 (n,).  On held-out images it is right about .77, and within one class about .98."""
+    *_, drawn = shapes(60_000, 1, factors=True)             # by these lab.judge standardized them
+    std, mean = torch.std_mean(drawn, 0)
+    found = extract(scorer().predictor, images)[:, -len(mean):] * std + mean
+    _, front, *_ = found.split(list(FACTORS.values()), 1)                      # (n, 3)
+    return hue_classes(front)
+
+
+def scores(images, labels, data="shapes"):
+    """uint8 (n, 3, S, S), labels (n,) -> dict of n and SCORES; of `shapes-color`, accuracy is the
+    fraction of objects with the requested hue."""
     found = scorer()(images, labels)
+    if data == "shapes-color":
+        found["accuracy"] = (color_classes(images) == labels).double().mean().item()
     return {name: found[name] for name in ("n", *SCORES.split())}
 
 
@@ -427,7 +487,7 @@ def measure_dense(c, latent, seed):
                 accuracy=(found == yt).double().mean().item())
 
 
-def measure_generation(c, latent, dit, seed, trained, steps, scale, shift):
+def measure_generation(c, latent, dit, seed, trained, sampler, steps, scale, shift):
     """The scores of a trained pair's samples."""
     folder = stage2(c, latent, dit, seed)
     model, decoder = sample.load(folder, "cpu")
@@ -435,14 +495,16 @@ def measure_generation(c, latent, dit, seed, trained, steps, scale, shift):
         model = load_dit(folder / f"dit_{trained}.pt")
     labels = sample.balanced_labels(list(range(model.classes)), c.n)
     shift = None if shift == "-" else resolve_shift(shift, decoder)
-    return scores(sample.generate(model, decoder, labels, steps, scale, shift, seed), labels)
+    images = sample.generate(model, decoder, labels, steps, scale, shift, seed,
+                             sample.SAMPLERS[sampler])
+    return scores(images, labels, decoder.config.data)
 
 
 def measure_paths(c, latent, dit, seed, fine=50):
     """Figure 3 on the real latents, as toy_flow.py measures it in 2-D.
 
-    consistency: the norm of the mean of the unit vectors from noise to latent, within a class; in
-    so many dimensions noise is nearly orthogonal to everything, hence about 1 / sqrt(2) at most.
+    consistency: the mean cosine between the vectors from noise to sample of two samples of a class;
+    half of a vector's squared length is noise, hence about 1/2 at most.
     straightness: displacement / path length.  error: root mean square distance per dimension from
     few Euler steps to `fine` steps from the same noise.
     """
@@ -463,9 +525,21 @@ def measure_paths(c, latent, dit, seed, fine=50):
         rough = {k: euler(velocity, x0, k, model.sample_shift) for k in (1, 2, 5)}
     moved = (x1 - x0).flatten(1)
     unit = F.normalize(moved, dim=1).view(model.classes, each, -1)
-    return dict(n=len(y), consistency=unit.mean(1).norm(dim=1).mean().item(),
+    return dict(n=len(y), consistency=sum(map(spectrum.resultant, unit)) / model.classes,
                 straightness=(moved.norm(dim=1) / length).mean().item(),
                 **{f"error{k}": (x - x1).square().mean().sqrt().item() for k, x in rough.items()})
+
+
+def measure_spectra(c, latent, seed):
+    """What the latents alone say about few steps: lab/spectrum.py, with the class given."""
+    x, labels = spectrum.read(stage1(c, latent, seed), 10 * c.n, "cpu")
+    lam, found = spectrum.spectrum(x, labels), spectrum.consistency(x, labels, seed)
+    row = dict(dimensions=len(lam), effective=spectrum.effective_dimension(lam),
+               largest=lam[0].item(), consistency=found["within"], consistency_all=found["all"])
+    for steps in (3, 10):
+        row[f"shift{steps}"], row[f"error{steps}"] = spectrum.best_shift(lam, steps)
+        row[f"ab{steps}"] = spectrum.best_shift(lam, steps, ab2)[1]
+    return row
 
 
 def measure_width(c, latent, channels, width, seed, steps=300):
@@ -490,9 +564,9 @@ def measure_width(c, latent, channels, width, seed, steps=300):
 
 
 def measure_encoders(c, step):
-    """The bare encoder on held-out images."""
+    """The bare encoder on held-out images; color: R2 of the object's color by linear regression."""
     found = pretrain.measure(load_dino("tiny" if step == "shipped" else encoder_file(c, step)), 32)
-    return dict(knn=found["knn"], linear=found["linear"])
+    return dict(knn=found["knn"], linear=found["linear"], color=found["r2_front"])
 
 
 def measure_editing(c, latent, seed):
@@ -511,7 +585,7 @@ def measure_editing(c, latent, seed):
 
 MEASURES = dict(rulers=measure_rulers, latents=measure_latents, dense=measure_dense,
                 generation=measure_generation, paths=measure_paths, encoders=measure_encoders,
-                width=measure_width, editing=measure_editing)
+                width=measure_width, editing=measure_editing, spectra=measure_spectra)
 
 
 def main(argv=None):

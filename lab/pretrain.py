@@ -3,16 +3,24 @@
 Two random views of an image must recognize each other among the views of all images in the batch
 (SimCLR, arXiv 2002.05709).  Writes dino_tiny.pt, which `--encoder tiny` of ae.py loads.
 
+With --target the same encoder is trained with supervision instead, to know one thing: the class of
+an image (shape), or the colors of background and object (color), a nuisance for the class.
+
     python -m lab.pretrain --overwrite             # the encoder in weights/ from scratch, 13 min
+    python -m lab.pretrain --target shape --batch 128 --steps 2000 --out out/shape
+    python -m lab.pretrain --target color --batch 128 --steps 2000 --out out/color
+                                                   # 3 min each of one core, 1 of them to draw
     python -m lab.pretrain --preset debug          # the same path in seconds, to out/debug
     python -m lab.pretrain --check vits16plus 000000039769.jpg
                                 # compares a published encoder with known values, on a COCO image
 
 weights/dino_tiny.pt: 0.49 M parameters, seed 0, 2,400 steps of 256 unlabeled shapes, 13.1 minutes
-on one to two cores of an AMD EPYC (bfloat16); held-out kNN .998, linear probe .998, pixels .272.
+on one to two cores of an AMD EPYC (bfloat16); held-out kNN .998, linear probe .998, pixels .272;
+R^2 of the colors .68 (background) and .53 (object).  Random weights: .118, .195; .98, .57.
 """
 import copy, math, sys, time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +29,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from data import shapes, to_float
+from data import FACTORS, SHAPE_NAMES, shapes, to_float
 from dino import DINOv3, ViTConfig, load_dino
 from metrics import knn, linear_probe
 from plumbing import config
 from plumbing.config import UserError, field, require
 from plumbing.weights import TINY
 
+# the targets that are supervised, with the outputs of a head
+LABELED = dict(shape=len(SHAPE_NAMES), color=6)
+
 
 @dataclass
 class Config:
-    """Self-supervised pretraining of the tiny encoder; labels are used only to measure it."""
+    """Pretraining of the tiny encoder; labels train only a --target other than views."""
     preset: str = field("tiny", "a named set of the options below")
     out: str = field("", "folder of dino_tiny.pt; weights/ for the preset tiny if empty")
     size: int = field(32, "side of an image in pixels; a multiple of the patch")
@@ -39,6 +50,8 @@ class Config:
     dim: int = field(96, "width; heads are 32 wide")
     depth: int = field(4, "blocks")
     stem: int = field(32, "width of the convolutional stem; 0: a linear patch map")
+    target: str = field("views", "what is learned: views, two of one image recognize each other; "
+                        "shape, its class; color, its two colors", ("views", *LABELED))
     # ---- EDIT HERE for ablations: what two views of an image share ----
     images: int = field(100_000, "training images, `shapes` that the other stages do not see")
     temperature: float = field(0.2, "of the contrastive loss")
@@ -67,6 +80,8 @@ class Config:
         require(self.patch in (4, 8, 16), "--patch must be 4, 8 or 16")
         require(self.size > 0 and self.size % self.patch == 0,
                 "--size must be a multiple of --patch")
+        require(self.target == "views" or Path(self.out) != TINY.parent,
+                f"--target {self.target} needs --out; {TINY} has the target views")
         require(self.temperature > 0, "--temperature must be positive")
 
 
@@ -131,39 +146,77 @@ class Student(nn.Module):
         self.net = DINOv3(ViTConfig(
             dim=c.dim, depth=c.depth, heads=c.dim // 32, hidden=4 * c.dim, patch=c.patch,
             registers=2, stem=c.stem, mean=(0.5,) * 3, std=(0.5,) * 3))
-        self.heads = nn.ModuleList(nn.Sequential(
-            nn.Linear(c.dim, width), nn.BatchNorm1d(width), nn.GELU(),
-            nn.Linear(width, width), nn.BatchNorm1d(width), nn.GELU(),
-            nn.Linear(width, out)) for _ in range(2))
+
+        def head():
+            if c.target in LABELED:             # linear, so that the token itself must know
+                return nn.Linear(c.dim, LABELED[c.target])
+            return nn.Sequential(
+                nn.Linear(c.dim, width), nn.BatchNorm1d(width), nn.GELU(),
+                nn.Linear(width, width), nn.BatchNorm1d(width), nn.GELU(),
+                nn.Linear(width, out))
+        self.heads = nn.ModuleList(head() for _ in range(2))
 
     def forward(self, x):
-        """[-1, 1] (B, 3, S, S) -> two embeddings (B, out) of unit length"""
+        """[-1, 1] (B, 3, S, S) -> what the heads say of class token and mean patch token, (B, out)
+        each: embeddings, or with the targets in LABELED, predictions"""
         patches, cls = self.net(self.net.normalize(x))
-        return [F.normalize(head(z).float(), dim=1)
-                for head, z in zip(self.heads, (cls, patches.mean(1)))]
+        return [head(z).float() for head, z in zip(self.heads, (cls, patches.mean(1)))]
 
 
 def contrastive_loss(z, temperature):
     """NT-Xent (SimCLR, arXiv 2002.05709, eq. 1): z (2B, d), rows i and i + B are two views of one
     image; each must identify the other among all 2B - 1."""
+    z = F.normalize(z, dim=1)
     similar = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
     return F.cross_entropy(similar, torch.arange(len(z), device=z.device).roll(len(z) // 2))
 
 
+def draw_batch(c, images, truth, g, device):
+    """A random batch from uint8 images (M, 3, S, S) -> what the student sees, (B, 3, S, S) or two
+    views (2B, 3, S, S); the loss of what one of its heads says."""
+    index = torch.randint(len(images), (c.batch,), generator=g)
+    if c.target == "views":
+        x = to_float(images, index, None, device)
+        return (torch.cat([views(x, c, g), views(x, c, g)]),
+                partial(contrastive_loss, temperature=c.temperature))
+    mirrored = torch.rand(c.batch, generator=g) < 0.5             # this changes neither target
+    criterion = F.cross_entropy if c.target == "shape" else F.mse_loss
+    return (to_float(images, index, mirrored, device),
+            partial(criterion, target=truth[index].to(device)))
+
+
+def colors(factors):
+    """The factors of `shapes` (n, 16) -> (n, 6): RGB of the background, RGB of the object."""
+    return factors[:, :FACTORS["back"] + FACTORS["front"]]
+
+
+def r_squared(x, y, xt, yt):
+    """The fraction of the variance of yt (m, k) that a linear regression, fitted to x (n, d) and y
+    (n, k), explains from xt (m, d) -> (k,).  1: all of it; 0 or less: nothing."""
+    x, xt = (F.pad(a.double(), (0, 1), value=1.0) for a in (x, xt))
+    y, yt = y.double(), yt.double()
+    error = yt - xt @ torch.linalg.lstsq(x, y).solution
+    return 1 - error.square().sum(0) / (yt - yt.mean(0)).square().sum(0)
+
+
 @torch.no_grad()
 def measure(net, size, references=5000, held_out=2000):
-    """kNN and linear probe (the only use of labels) -> dict of accuracies on held-out shapes."""
+    """What the encoder knows of held-out shapes -> dict: the class, by kNN and linear probe
+    (accuracies); r2_back and r2_front, the colors of background and object, by linear regression
+    from the mean patch token (R^2)."""
     def embed(images):
         device = net.norm.weight.device
         parts = [net(net.normalize(to_float(images, slice(i, i + 500), None, device)))
                  for i in range(0, len(images), 500)]
         return [torch.cat(part).cpu() for part in zip(*((p.mean(1), c) for p, c in parts))]
-    x, y, _ = shapes(references, size, seed=4)
-    xt, yt, _ = shapes(held_out, size, seed=5)
+    x, y, _, factors = shapes(references, size, seed=4, factors=True)
+    xt, yt, _, factors_t = shapes(held_out, size, seed=5, factors=True)
     (patch, cls), (patch_t, cls_t) = embed(x.numpy()), embed(xt.numpy())
     flat, flat_t = x.flatten(1).float(), xt.flatten(1).float()
+    back, front = r_squared(patch, colors(factors), patch_t, colors(factors_t)).view(2, 3).mean(1)
     return dict(knn=knn(patch, y, patch_t, yt), knn_cls=knn(cls, y, cls_t, yt),
-                linear=linear_probe(patch, y, patch_t, yt), knn_pixels=knn(flat, y, flat_t, yt))
+                linear=linear_probe(patch, y, patch_t, yt), knn_pixels=knn(flat, y, flat_t, yt),
+                r2_back=back.item(), r2_front=front.item())
 
 # ---------------------------------------------------------------- training
 
@@ -212,21 +265,22 @@ def train(c):
     def minutes():
         return before + (time.time() - began) / 60
 
-    images = shapes(c.images, c.size, seed=3)[0].numpy()
-    print(f"pretraining on {config.describe(device)}: {c.images:,} unlabeled images; encoder "
-          f"{sum(p.numel() for p in ema.parameters()) / 1e6:.2f} M; {c.steps} steps of {c.batch}\n"
-          f"{config.flags(c)}")
+    images, truth, _, factors = shapes(c.images, c.size, seed=3, factors=True)
+    if c.target == "color":
+        std, mean = torch.std_mean(colors(factors), 0)
+        truth = (colors(factors) - mean) / std
+    print(f"pretraining on {config.describe(device)}: {c.images:,} images, target {c.target}\n"
+          f"encoder {sum(p.numel() for p in ema.parameters()) / 1e6:.2f} M; {c.steps} steps of "
+          f"{c.batch}\n{config.flags(c)}")
     loop, began = config.Loop("dino", c, optimizer, unfinished, save, start), time.time()
     for step in loop:
         if step in c.keep:
             write(path.with_name(f"dino_tiny_{step}.pt"))
         g = config.generator(c.seed, step)                    # all randomness of this step
-        index = torch.randint(len(images), (c.batch,), generator=g)
-        x = to_float(images, index, None, device)
-        pair = torch.cat([views(x, c, g), views(x, c, g)])                    # (2B, 3, S, S)
+        x, loss_of = draw_batch(c, images.numpy(), truth, g, device)
         with autocast():
-            embeddings = student(pair)
-        loss = sum(contrastive_loss(z, c.temperature) for z in embeddings)
+            answers = student(x)
+        loss = sum(loss_of(answer) for answer in answers)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 3.0)

@@ -6,7 +6,7 @@
 A section appears once its experiment has been measured.  README.md's short table, between the
 markers <!-- headline --> and <!-- /headline -->, is filled as well.
 """
-import re, textwrap
+import itertools, re, textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 # ---------------------------------------------------------------- numbers out of rows
 
 # the key of a cell unless its row or column overrides it
-USUAL = dict(dit="base", shift="-", steps=10, scale=1.0)
+USUAL = dict(dit="base", shift="-", sampler="ab2", steps=10, scale=1.0)
 
 
 class Numbers:
@@ -64,9 +64,10 @@ class Numbers:
             table, column = "latents", column if column == "psnr" else f"decoded_{column}"
         if table == "latents":               # other statistics do not change the reconstruction
             key["latent"] = key["latent"].partition("_")[0]
-        trained = self.rows("generation", preset=key.get("preset", self.preset))
-        end = max((int(r["trained"]) for r in trained), default=0)
-        rows = self.rows(table, **USUAL | dict(trained=end) | key)
+        key = USUAL | key
+        model = {k: key[k] for k in ("preset", "latent", "dit") if k in key}
+        end = max((int(r["trained"]) for r in self.rows("generation", **model)), default=0)
+        rows = self.rows(table, **dict(trained=end) | key)
         rows.sort(key=lambda r: int(r.get("seed", 0)))
         return np.array([float(r[column]) for r in rows if r.get(column, "-") != "-"])
 
@@ -102,9 +103,9 @@ class Section(NamedTuple):
     """One experiment in RESULTS.md.
 
     rows: pairs of a label and a key; columns: (head, table, column, digits, key); a cell is the
-    mean of the column over the rows of results/<table>.tsv with both keys.  Rows without any
-    number are dropped.  measured: the table and the key that must have rows, or the section does
-    not appear.  figures: pairs of a file and its caption.
+    mean of the column over the rows of results/<table>.tsv with both keys.  Rows and columns
+    without any number are dropped.  measured: the table and the key that must have rows, or the
+    section does not appear.  figures: pairs of a file and its caption.
     """
     title: str
     finding: str
@@ -119,14 +120,15 @@ class Section(NamedTuple):
     def table(self, N, rows=None):
         """-> Markdown; the first column is text, the others are numbers."""
         width = len(self.label.split("|")) - 1
-        lines = [f"| {self.label} | {' | '.join(c[0] for c in self.columns)} |",
-                 "| --- |" + " --: |" * (len(self.columns) + width)]
-        for label, key in rows or self.rows:
-            cells = [N.cell(table, column, digits, **more | key)
-                     for _, table, column, digits, more in self.columns]
-            if set(cells) != {"-"}:
-                lines.append(f"| {label} | {' | '.join(cells)} |")
-        return "\n".join(lines)
+        cells = {label: [N.cell(table, column, digits, **more | key)
+                         for _, table, column, digits, more in self.columns]
+                 for label, key in rows or self.rows}
+        cells = {label: row for label, row in cells.items() if set(row) != {"-"}}
+        kept = [i for i in range(len(self.columns)) if {row[i] for row in cells.values()} != {"-"}]
+        lines = [f"| {self.label} | {' | '.join(self.columns[i][0] for i in kept)} |",
+                 "| --- |" + " --: |" * (len(kept) + width)]
+        return "\n".join(lines + [f"| {label} | {' | '.join(row[i] for i in kept)} |"
+                                  for label, row in cells.items()])
 
     def markdown(self, N):
         """-> heading, finding, figures, table, note."""
@@ -147,9 +149,16 @@ def paragraph(text):
 
 
 def scores(more="", table="generation", **key):
-    """The two columns that score samples."""
-    return (("accuracy" + more, table, "accuracy", 3, key),
-            ("Frechet" + more, table, "frechet", 2, key))
+    """The columns that score samples: what they show, then texture, color and diversity."""
+    return tuple((name + more, table, column, digits, key) for name, column, digits in (
+        ("accuracy", "accuracy", 3), ("Frechet", "frechet", 2), ("factors", "factors", 2),
+        ("random conv", "conv", 1), ("recall", "recall", 3)))
+
+
+def cross(*axes):
+    """Lists of pairs of a label and a key -> their product: rows of a table."""
+    return [(" | ".join(label for label, _ in row),
+             {k: v for _, key in row for k, v in key.items()}) for row in itertools.product(*axes)]
 
 
 def rulers(table="generation", **key):
@@ -158,12 +167,6 @@ def rulers(table="generation", **key):
         ("random conv", "conv", 1), ("recall", "recall", 3), ("factors", "factors", 2),
         ("accuracy", "accuracy", 3), ("Frechet", "frechet", 2), ("color", "color", 2),
         ("precision", "precision", 3), ("KID", "kid", 3)))
-
-
-def beside(more="", table="generation", **key):
-    """The same, SVG next to the VAE."""
-    svg, vae = (scores(f", {z.upper()}{more}", table, latent=z, **key) for z in ("svg", "vae"))
-    return svg[0], vae[0], svg[1], vae[1]
 
 
 def speedrun(title, stage, finding):
@@ -185,16 +188,19 @@ def speedrun(title, stage, finding):
              "Measured with throw-away variants of `ae.py` and `dit.py` that were not kept.*")
 
 
-NAMES = {"svg": "SVG", "vae": "VAE", "dino": "DINO only", "unaligned": "DINO + residual, unaligned",
+NAMES = {"svg": "SVG", "vae": "VAE", "vavae": "VA-VAE", "dino": "DINO only",
+         "unaligned": "DINO + residual, unaligned", "encoder0": "SVG on a random encoder",
          "pixels": "raw pixels"}
 named = lambda *latents: [(NAMES[z], dict(latent=z)) for z in latents]
-BOTH = (*beside(scale=1.0), *beside(", w = 2", scale=2.0))
-GUIDED = (*scores(scale=1.0), *scores(", w = 2", scale=2.0))
+PAIR = named(*evidence.PAIR)
+HEADLINE = [("SVG", dict(latent="svg")), ("VAE", dict(latent="vae")),
+            ("VAE, longer training", dict(latent="vae", dit="longer")),
+            ("VA-VAE", dict(latent="vavae")), ("VAE with REPA", dict(latent="vae", dit="repa"))]
+GUIDED = [(f"{w:g}", dict(scale=w)) for w in (1.0, 2.0)]
 PSNR, SSIM = ("PSNR, dB", "latents", "psnr", 2, {}), ("SSIM", "latents", "ssim", 3, {})
-DECODED = ("reconstruction Frechet", "latents", "decoded_frechet", 2, {})
+DECODED = (("decoded factors", "latents", "decoded_factors", 2, {}),
+           ("decoded random conv", "latents", "decoded_conv", 1, {}))
 LINEAR = ("linear, mean token", "latents", "linear", 3, {})
-SHIFTED = (*scores(", 3 steps", steps=3, latent="svg"),
-           *scores(", 10 steps", steps=10, latent="svg"))
 KEPT = sorted({k for p in evidence.PRESETS.values() for k in p["kept"]})
 ENCODERS = sorted({k for p in evidence.PRESETS.values() for k in p["encoders"]})
 AUTO = f"auto ({auto_shift(16, 112):.2f})"             # of 16 tokens with 112 channels
@@ -264,45 +270,57 @@ SECTIONS = [
          ("blurred 3 x 3, twice", dict(change="blurred"))],
         rulers("rulers"), "rulers", ("rulers", {})),
     Section(
-        "The default",
-        """What `python ae.py && python dit.py && python sample.py` trains, and the VAE at the same
-        sizes and steps. With three or ten steps SVG has about twice the accuracy and a lower
-        Frechet distance in the judge and in factors. The VAE has a lower one in random conv and in
-        color (level at three unguided steps in the former), and a higher recall with guidance. One
-        step is too few for both. The last rows are the floors: held-out images, decoded from their
-        latents and as they are.""",
-        "latent | Euler steps | guidance",
-        [(f"{NAMES[z]} | {k} | {w}", dict(latent=z, steps=k, scale=w))
-         for k, w in ((1, 1), (3, 1), (3, 2), (10, 1), (10, 2)) for z in evidence.PAIR]
-        + [(f"{NAMES[z]}, decode(encode(x)) | |", dict(latent=z, steps="decoded"))
-           for z in evidence.PAIR]
-        + [("held-out images | |", dict(latent="pixels", steps="decoded"))],
+        "The default", "",
+        "latent | sampler | steps | guidance",
+        [(f"{name} | {sampler} | {k} | {w:g}", dict(key, sampler=sampler, steps=k, scale=w))
+         for sampler, k, w in evidence.HEADLINE for name, key in HEADLINE]
+        + [(f"{name}, decode(encode(x)) | | |", dict(key, steps="decoded"))
+           for name, key in named("svg", "vae", "vavae")]
+        + [("held-out images | | |", dict(latent="pixels", steps="decoded"))],
         (*rulers(preset="full"), ("PSNR, dB", "generation", "psnr", 2, dict(preset="full"))),
         "default", ("generation", dict(preset="full", latent="vae")),
-        (("steps", "1, 2, 3, 5, 10, 25 Euler steps from the same noise, a row each, guidance 2, "
+        (("steps", "1, 2, 3, 5, 10, 25 steps from the same noise, a row each, guidance 2, "
           "seed 0: SVG on the left, VAE on the right."),)),
     Section(
-        "Few steps (Figure 8a, Table 2a)",
-        """At every number of Euler steps SVG has the higher mean accuracy and the lower mean
-        Frechet distance; without guidance, three steps of SVG are ahead of fifty of the VAE. After
-        ten steps little changes for either. Guidance raises both accuracies; from five steps on it
-        lowers the VAE's Frechet distance, while from two steps on it raises SVG's. The last row,
-        decoded held-out images, shows the loss in the autoencoder alone: the VAE's is larger.""",
-        "Euler steps | guidance",
-        [(f"{k} | {w:g}", dict(steps=k, scale=w)) for w in (1.0, 2.0) for k in evidence.STEPS]
-        + [("decode(encode(x)) |", dict(steps="decoded"))],
-        beside(), "steps", ("generation", dict(latent="vae", dit="base")),
-        (("fewsteps", "Thin: guidance 2. Bars: one standard deviation."),
-         ("strip", "1, 2, 3, 5, 10, 25 Euler steps from the same noise, a row each, guidance 2, "
-          "seed 0: SVG on the left, VAE on the right."))),
+        "A tuned VAE: channels and KL weight", "", "channels | KL weight",
+        [(f"{n} | {kl}", dict(latent=f"vae{n}-{kl}"))
+         for n in (8, 16, 32, 112) for kl in ("1e-7", "1e-5", "1e-4")],
+        (PSNR, *DECODED, *scores(", w = 2", scale=2.0)), "baseline",
+        ("generation", dict(latent="vae16-1e-5"))),
     Section(
-        "Training speed (Figure 1)",
-        """After half of its training SVG has a higher accuracy than the VAE at the end and, without
-        guidance, a lower Frechet distance; with guidance 2 these two are level. After 125 steps
-        both are near chance (.1). For the time of a step see [Cost](#cost).""",
-        "training steps", [(f"{k:,}", dict(trained=k)) for k in KEPT],
-        BOTH, "training", ("generation", dict(latent="vae", dit="base", steps=10)),
-        (("training", "Ten Euler steps. Thin: guidance 2."),)),
+        "A tuned VAE: normalization and time shifts", "",
+        "latent | shift in training | in sampling",
+        [(f"{name} | {shift} | {s}", dict(key, shift=s))
+         for name, shift, key in (
+             ("VAE, one scalar", "2.5", dict(latent="vae_scalar")),
+             ("VAE", "1", dict(latent="vae", dit="shift1")),
+             ("VAE", "2.5", dict(latent="vae")), ("VAE", "4", dict(latent="vae", dit="shift4")),
+             ("SVG", "2.5", dict(latent="svg")))
+         for s in evidence.EXPERIMENTS["baseline2"].shifts],
+        (*scores(), *scores(", w = 2", scale=2.0)), "baseline2",
+        ("generation", dict(latent="vae_scalar"))),
+    Section(
+        "Few steps (Figure 8a, Table 2a)", "",
+        "latent | sampler | shift | steps",
+        [(f"{name} | {sampler} | {shift} | {k}", dict(key, sampler=sampler, steps=k,
+                                                      shift="-" if sampler == "ab2" else shift))
+         for name, key in PAIR + named("encoder0") for sampler, shift in
+         (("euler", "1.5"), ("euler", "3"), ("euler", "6"), ("ab2", "3"))
+         for k in (1, 2, 3, 5, 10, 50)],
+        scores(), "steps samplers", ("generation", dict(latent="vae", sampler="euler", steps=2)),
+        (("fewsteps", "Shift 3; thin: the second-order sampler. Bars: one standard deviation."),)),
+    Section(
+        "Few steps without the class, and with guidance", "",
+        "latent | sampler | guidance | steps",
+        [(f"{name} | {sampler} | {w:g} | {k}", dict(key, sampler=sampler, steps=k, scale=w))
+         for name, key in PAIR + named("encoder0") for sampler in ("euler", "ab2")
+         for w in (0.0, 2.0) for k in (3, 10, 50)],
+        scores(), "samplers", ("generation", dict(latent="vae", scale=0.0))),
+    Section(
+        "Training speed (Figure 1)", "", "training steps | latent | guidance",
+        cross([(f"{k:,}", dict(trained=k)) for k in KEPT], PAIR, GUIDED),
+        scores(), "training", ("generation", dict(latent="vae", trained=100)),
+        (("training", "Ten steps. Thin: guidance 2."),)),
     Section(
         "Separable latents (Figure 2)",
         """From the mean token of DINO a kNN or a linear probe tells the class, and the residual
@@ -316,50 +334,65 @@ SECTIONS = [
         "maps", ("latents", dict(latent="vae")),
         (("maps", "The mean token of 1,000 held-out images: PCA above, t-SNE below. Seed 0."),)),
     Section(
-        "Velocity fields (Figure 3)",
-        """Within a class the directions from noise to sample agree more in SVG's latents, and few
-        Euler steps end nearer to where fifty do: clearly with one or two steps, by little with
-        five. Straightness (displacement / path length) hardly differs. Consistency is the norm of
-        the mean of 50 unit vectors from noise to sample in each class: .14 for unrelated vectors
-        and about .71 at most, because noise makes up half of each.""",
-        "latent", named("svg", "vae"),
-        (("direction consistency", "paths", "consistency", 3, {}),
+        "Velocity fields (Figure 3)", "", "latent", named("svg", "dino", "encoder0", "vae"),
+        (("consistency of the samples", "paths", "consistency", 3, {}),
          ("straightness", "paths", "straightness", 3, {}),
          ("error of 1 step", "paths", "error1", 3, {}), ("2 steps", "paths", "error2", 3, {}),
-         ("5 steps", "paths", "error5", 3, {})), "fields", ("paths", dict(latent="vae"))),
+         ("5 steps", "paths", "error5", 3, {}),
+         ("consistency of the data in a class", "spectra", "consistency", 3, {}),
+         ("over all classes", "spectra", "consistency_all", 3, {})),
+        "fields", ("paths", dict(latent="vae"))),
     Section(
-        "How semantic must the encoder be? (new)",
-        """Both stages were trained on encoders from random to shipped; those between are
-        checkpoints of a separate pretraining run of 800 steps. The better a kNN on the encoder's
-        tokens, the better the samples score and the more the directions within a class agree;
-        straightness does not follow. The encoder is not all that differs: the perceptual loss of
-        stage 1 compares features of the encoder under test, and the accuracy of decoded images
-        rises from .665 to .971.""",
-        "encoder",
+        "What decides how many steps are needed: the spectrum (new)", "",
+        "latent", named("svg", "dino", "encoder0", "vae")
+        + [(f"SVG, one scalar, residual x {z[5:]}", dict(latent=z)) for z in evidence.LOUD],
+        (("dimensions", "spectra", "dimensions", 0, {}),
+         ("effective", "spectra", "effective", 1, {}),
+         ("largest variance", "spectra", "largest", 1, {}),
+         ("best shift, 3 Euler steps", "spectra", "shift3", 2, {}),
+         ("10 Euler steps", "spectra", "shift10", 2, {}),
+         ("predicted error, 3 Euler steps", "spectra", "error3", 4, {}),
+         ("10 Euler steps", "spectra", "error10", 4, {}),
+         ("3 steps of ab2", "spectra", "ab3", 4, {}), ("10 of ab2", "spectra", "ab10", 4, {})),
+        "fields matching", ("spectra", dict(latent="vae"))),
+    Section(
+        "How semantic must the encoder be? (new)", "", "encoder",
         [("random" if k == 0 else f"{k} steps", dict(latent=f"encoder{k}", step=k))
          for k in ENCODERS]
         + [("shipped, 2,400 steps", dict(latent="svg", step="shipped")),
-           ("none (VAE)", dict(latent="vae", step="none"))],
-        (("its kNN", "encoders", "knn", 3, {}), PSNR,
-         ("decoded accuracy", "latents", "decoded_accuracy", 3, {}), *scores(),
-         scores(", 3 steps", steps=3)[1], ("straightness", "paths", "straightness", 3, {}),
+           *((f"trained to know {z}", dict(latent=f"encoder{z}", step=z))
+             for z in evidence.FAMILIES)],
+        (("its kNN", "encoders", "knn", 3, {}), ("its R2 of color", "encoders", "color", 3, {}),
+         PSNR, ("decoded accuracy", "latents", "decoded_accuracy", 3, {}), *DECODED, *scores(),
+         ("straightness", "paths", "straightness", 3, {}),
          ("consistency", "paths", "consistency", 3, {})),
-        "encoder", ("generation", dict(latent="encoder0")), (("encoder", "Ten Euler steps."),)),
+        "encoder", ("generation", dict(latent="encoder0", sampler="ab2")),
+        (("encoder", "Ten steps."),)),
     Section(
-        "The residual and its matching (Figure 5, Table 4)",
-        """Sixteen residual channels raise the PSNR by eight decibels. Samples of DINO's tokens
-        alone score higher, but the judge does not see the colors that they lack. Matched and
-        unaligned latents score alike, within one standard deviation. With normalization per channel
-        that is expected, since it undoes any common factor of the residual; with one scalar it
-        means that this residual encoder did not need the matching. Made four times larger, the
-        unaligned residual lowers the accuracy from .543 to .321.""",
-        "latent | normalized by",
-        [(f"{NAMES[z]} | {how}", dict(latent=z + end)) for z in ("dino", "svg", "unaligned")
-         for how, end in (("channel", ""), ("one scalar", "_scalar"))]
-        + [(f"the same, residual x {evidence.LOUD} | one scalar", dict(latent="unaligned_loud"))],
-        (PSNR, SSIM, DECODED, *GUIDED), "residual", ("generation", dict(latent="dino")),
+        "Separable with respect to what? (new)", "", "encoder knows | condition | guidance",
+        [(f"{a} | {b} | {w:g}", dict(latent=f"encoder{a}{end}", scale=w))
+         for b, end in (("shape", ""), ("color", "_color")) for a in evidence.FAMILIES
+         for w in (1.0, 2.0)],
+        scores(), "dissociation", ("generation", dict(latent="encodercolor_color"))),
+    Section(
+        "The residual (Figure 5, Table 4)", "", "latent",
+        named("dino", "svg", "unaligned", "vae"),
+        (PSNR, SSIM, *DECODED, *scores(), *scores(", w = 2", scale=2.0)), "residual",
+        ("generation", dict(latent="dino")),
         (("residual", "Held-out images, then decoded from: DINO only, unaligned, SVG, VAE. "
           "Seed 0."),)),
+    Section(
+        "How many residual channels", "", "channels",
+        [("0", dict(latent="dino")),
+         *(("16" if z == "svg" else z.removeprefix("residual"), dict(latent=z))
+           for z in evidence.EXPERIMENTS["width"].measures["latents"])],
+        (PSNR, SSIM, *DECODED, *scores(), *scores(", w = 2", scale=2.0)), "width",
+        ("generation", dict(latent="residual8"))),
+    Section(
+        "Matching: the loudness of the residual", "", "residual, one scalar",
+        [(f"x {z[5:]}", dict(latent=z)) for z in evidence.LOUD],
+        (*scores(", 3 steps", steps=3), *scores()), "matching",
+        ("generation", dict(latent="svg_x4"))),
     Section(
         "Still a representation? (Table 4)",
         """A linear classifier of single tokens of 1,000 images predicts background, or the class of
@@ -371,51 +404,29 @@ SECTIONS = [
         (LINEAR, ("segmentation, mIoU", "dense", "miou", 3, {}),
          ("token accuracy", "dense", "accuracy", 3, {})), "dense", ("dense", dict(latent="vae"))),
     Section(
-        "Which layer (Table 6)",
-        """With tokens of the encoder's second block, of four, samples score far worse. The PSNR and
-        SSIM are equal within one standard deviation; in the paper an earlier layer reconstructs
-        better.""",
-        "block", [("1", dict(latent="layer1")), ("2", dict(latent="layer2")),
-                  ("3", dict(latent="layer3")), ("4, the last", dict(latent="svg"))],
-        (PSNR, SSIM, DECODED, ("kNN of the latent", "latents", "knn", 3, {}), *GUIDED),
+        "Which layer (Table 6)", "", "block",
+        [("2", dict(latent="layer2")), ("4, the last", dict(latent="svg"))],
+        (PSNR, SSIM, *DECODED, ("kNN of the latent", "latents", "knn", 3, {}), *scores()),
         "layer", ("generation", dict(latent="layer2"))),
     Section(
-        "Size of the DiT (Figure 8b)",
-        """At each of three widths of equal depth SVG has the better means, and it gains more by
-        width: its accuracy rises from .371 to .641, the VAE's from .183 to .237. Width 96 is below
-        the 112 channels of SVG's latent (see the experiment on width below).""",
-        "DiT's width", [("96", dict(dit="narrow")), ("144", dict(dit="base")),
-                        ("192", dict(dit="wide"))],
-        BOTH, "scaling", ("generation", dict(dit="wide"))),
+        "Size of the DiT (Figure 8b)", "", "DiT's width | latent | guidance",
+        cross([("96", dict(dit="narrow")), ("144", {}), ("192", dict(dit="wide"))], PAIR, GUIDED),
+        scores(), "scaling", ("generation", dict(dit="wide"))),
     Section(
-        "Guidance",
-        """SVG's mean accuracy is highest at guidance 2; the VAE's still rises at 4. The mean
-        Frechet distance is lowest without guidance for SVG and at 2 for the VAE.""",
-        "guidance", [(f"{w:g}", dict(scale=w)) for w in (1.0, 1.5, 2.0, 3.0, 4.0)],
-        beside(), "guidance", ("generation", dict(latent="vae", scale=4.0))),
+        "Guidance", "", "guidance | latent",
+        cross([(f"{w:g}", dict(scale=w)) for w in (1.0, 1.5, 2.0, 3.0, 4.0)], PAIR),
+        scores(), "guidance", ("generation", dict(latent="vae", scale=4.0))),
     Section(
-        "Time shift in sampling",
-        """With three steps 2.5 has the best means, and RAE's rule (`auto`), which was made for far
-        larger latents and gives less than 1 here, the worst. With ten steps all five are equal
-        within one standard deviation.""",
-        "shift", [(AUTO if s == "auto" else s, dict(shift=s))
-                  for s in evidence.EXPERIMENTS["shift"].shifts],
-        SHIFTED,
-        "shift", ("generation", dict(latent="svg", shift="auto"))),
+        "Time shift in training", "", "shift | guidance",
+        cross([("1", dict(dit="shift1")), ("2.5", {}), ("4", dict(dit="shift4")),
+               ("6.67", dict(dit="shift6.67"))], GUIDED),
+        tuple((*head, key | dict(latent="svg")) for *head, key in scores()),
+        "trainshift", ("generation", dict(latent="svg", dit="shift6.67"))),
     Section(
-        "Time shift in training", "All sampled with the default's shift, 4.", "shift",
-        [(AUTO, dict(dit="shiftauto")), ("1", dict(dit="shift1")), ("2.5", dict(dit="base")),
-         ("6.67", dict(dit="shift6.67"))],
-        SHIFTED,
-        "trainshift", ("generation", dict(dit="shiftauto"))),
-    Section(
-        "Noise on the decoder's latents (RAE)",
-        """As in RAE the reconstructions get worse and the samples score better, most of all with
-        guidance. (In RAE the encoder is fixed; here the residual encoder is trained with the noisy
-        decoder.) The neutral measure of [Limits](#limits) disagrees: with noise 0.4 and 8 residual
-        channels, at the default's budget, it was 71 instead of 59 (one seed, trial).""",
-        "noise", [("none", dict(latent="svg")), ("0.4", dict(latent="noise"))],
-        (PSNR, DECODED, *GUIDED), "noise", ("generation", dict(latent="noise"))),
+        "Noise on the decoder's latents (RAE)", "", "noise",
+        [("none", dict(latent="svg")), ("0.4", dict(latent="noise"))],
+        (PSNR, *DECODED, *scores(), *scores(", w = 2", scale=2.0)), "noise",
+        ("generation", dict(latent="noise"))),
     Section(
         "Width of the DiT against channels of the latent (RAE)",
         """A DiT of four blocks learns the latent of a single image for 300 steps. On SVG's 112
@@ -424,7 +435,7 @@ SECTIONS = [
         number of channels.""",
         "DiT's width", [(str(w), dict(width=w)) for w in evidence.WIDTHS],
         tuple((f"loss, {NAMES[z]} ({n} channels)", "width", "loss", 4, dict(latent=z))
-              for z, n in evidence.CHANNELS.items()), "width", ("width", {})),
+              for z, n in evidence.CHANNELS.items()), "narrow", ("width", {})),
     Section(
         "Editing (Figure 10)",
         """`lab/edit.py` changes the class inside a mask. The judge classifies .63 of the edited
@@ -487,10 +498,10 @@ def results(N):
 
 
 def headline(N):
-    """-> the README's short table: the default with three and with ten steps, and its floors."""
+    """-> the README's short table: the default with guidance, and its floors."""
     default = measured(N)["The default"]
     return default._replace(columns=default.columns[:4]).table(
-        N, [row for row in default.rows if row[1]["steps"] != 1])
+        N, [row for row in default.rows if row[1].get("scale") != 1.0])
 
 
 def fill(text, name, block):
