@@ -4,7 +4,7 @@ The DiT (arXiv 2212.09748) with QK-norm, as SVG trains it (arXiv 2510.15301, sec
 per latent position, adaLN-zero, label dropout for guidance, fixed sine-cosine positions.  It trains
 on cached latents, so no encoder runs in the loop, except with --repa.
 
-    python dit.py                                     # shapes; 3.0 minutes on two CPU cores
+    python dit.py                                     # shapes; 2.6 minutes on two CPU cores
     python dit.py --out out/vae                       # on the latents of another autoencoder
     python dit.py --ae out/shapes --out out/mine --shift 1    # a second DiT on the same latents
 

@@ -1,6 +1,6 @@
 """Stage 3: draw images from noise and score them.
 
-    python sample.py                              # 18 s on two CPU cores: a grid and its scores
+    python sample.py                              # 16 s on two CPU cores: a grid and its scores
     python sample.py --sweep 1,2,3,5,10,25,50     # how few steps are enough: images and a table
     python sample.py --gif                        # the path from noise to image, animated
     python sample.py --npz 50000 --seed 1         # for ADM's evaluator (FID)

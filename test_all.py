@@ -18,7 +18,7 @@ import ae, data, dino, dit, flow, metrics, sample, toy_flow
 from dino import DINOv3, ViTConfig, load_dino
 from exercises import check
 from lab import evidence
-from plumbing import config, gan
+from plumbing import config, gan, muon
 from plumbing.config import UserError, generator
 from plumbing.lpips import LPIPS
 from plumbing.testing import ROOT, call, one_line, picture, refuses, run, start, threads
@@ -1076,6 +1076,21 @@ def test_the_parts_that_cost_most_are_compiled_on_cuda(monkeypatch):
         assert len(seen) == found, seen                           # 4 + 1 blocks and the decoder
         seen.clear()
     assert list(model.state_dict()) == list(tiny_ae().state_dict())
+
+
+def test_a_decoder_in_the_layout_of_cuda_learns_the_same():
+    x, made = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1, []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = tiny_ae().train()
+        model.decoder.to(memory_format=layout)
+        optimizer = muon.optimizer([*model.decoder.parameters()], model.matrices(), 1e-3, 1e-2,
+                                   (0.9, 0.9))
+        for step in range(2):
+            optimizer.zero_grad()
+            (model(x, generator(0, step))[0] - x).abs().mean().backward()
+            optimizer.step()
+        made.append(model.decoder(model.grid(model.tokens(x, generator(0))[0], x)))
+    assert torch.allclose(*made, atol=0.02)                       # Muon rounds to bfloat16
 
 
 def test_a_rank_that_dies_ends_the_run(work, tmp_path):

@@ -1,6 +1,7 @@
 """The figures of RESULTS.md that show images and latents; `python -m lab.report --pictures` draws
 them from the trained models of lab.evidence."""
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -66,8 +67,10 @@ def tsne(x, perplexity=30.0, steps=500):
 
 def draw(models, assets):
     """All three figures; models: folder of lab.evidence's models; assets: output folder."""
-    for name, figure in (("maps", draw_maps), ("residual", draw_residual), ("strip", draw_strip)):
-        figure(models, assets / f"{name}.png")
+    default = partial(draw_strip, models.parent / "full", latents=("svg", evidence.TUNED))
+    for name, figure in (("maps", partial(draw_maps, models)), ("steps", default),
+                         ("residual", partial(draw_residual, models))):
+        figure(assets / f"{name}.png")
         print(f"wrote {assets / name}.png")
 
 
@@ -102,11 +105,10 @@ def draw_residual(models, path, n=16):
     save_grid(path, torch.cat(rows), n)
 
 
-def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25)):
-    """A row for each number of Euler steps from the same noise: SVG on the left, VAE on the
-    right."""
+def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=("svg", "vae")):
+    """A row for each number of steps from the same noise: SVG on the left, the VAE on the right."""
     halves = []
-    for latent in ("svg", "vae"):
+    for latent in latents:
         model, decoder = sample.load(models / f"{latent}-0", "cpu")
         y = torch.arange(10)
         halves.append([sample.generate(model, decoder, y, k, 2.0, None, 0) for k in counts])

@@ -422,17 +422,17 @@ def test_report_numbers(tmp_path):
     assert "seeds 0, 1, 2; n = 50" in text and "| 25 | 1 |" not in text
     assert "## Guidance" in text and "## Few steps" not in text and "## Editing" not in text
     assert "## The default" not in text
-    table.add(preset="full", latent="vae", dit="base", seed=0, trained=20, sampler="euler", steps=3,
+    table.add(preset="full", latent="vae", dit="base", seed=0, trained=20, sampler="ab2", steps=3,
               scale=2.0, shift="-", n=50, **dict.fromkeys(evidence.SCORES.split(), 0.25))
     evidence.tables(tmp_path)["latents"].add(
         preset="full", latent="pixels", seed=0,
         **dict.fromkeys(evidence.tables(tmp_path)["latents"].columns[3:], 0.5))
     N = report.Numbers(tmp_path, "small")
-    assert "| VAE | euler | 3 | 2 | 0.2 | .250 | 0.25 | .250 | 0.25 | 0.25 | .250 | .250 |" in \
-        report.results(N) and "lab.evidence default --preset full" in report.results(N)
+    assert ("| VAE, 16 channels | ab2 | 3 | 2 | 0.2 | .250 | 0.25 | .250 | 0.25 | 0.25 | .250 | "
+            ".250 |") in report.results(N) and "lab.evidence default --preset full" in report.results(N)
     assert N.cell("generation", "frechet", 2, latent="svg") == "2.00 ± 1.00"
     assert report.headline(N).splitlines()[2:] == [
-        "| VAE | euler | 3 | 2 | 0.2 | .250 | 0.25 | .250 |",
+        "| VAE, 16 channels | ab2 | 3 | 2 | 0.2 | .250 | 0.25 | .250 |",
         "| held-out images | | | | 0.5 | .500 | 0.50 | .500 |"]
     text = "a\n<!-- headline -->\nold\n<!-- /headline -->\nb"
     assert report.fill(text, "headline", "new") == text.replace("old", "new")
