@@ -91,8 +91,10 @@ class Numbers:
         counts = sorted({int(r["n"]) for r in rows if "n" in r})
         if "preset" in key:
             command += f" --preset {key['preset']}"
-        parts = [f"`python -m lab.evidence {command}`", f"seeds {', '.join(seeds)}",
-                 *(f"n = {n:,}" for n in counts[-1:]), "mean ± standard deviation over the seeds"]
+        several = len(seeds) > 1
+        parts = [f"`python -m lab.evidence {command}`", f"seed{'s' * several} {', '.join(seeds)}",
+                 *(f"n = {n:,}" for n in counts[-1:]),
+                 *["mean ± standard deviation over the seeds"] * several]
         return f"*{'; '.join(parts)}*"
 
 # ---------------------------------------------------------------- the tables
