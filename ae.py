@@ -79,9 +79,9 @@ class Config:
                                 "lpips)", ("encoder", "tiny", "lpips"))
     gan: float = field(0.0, "weight of the PatchGAN loss (paper: 0.5)")
     gan_start: int = field(2500, "steps before the discriminator joins (paper: 2,501)")
-    steps: int = field(700, "optimizer steps")
+    steps: int = field(700, "optimizer steps", also=["epochs", "iterations"])
     batch: int = field(32, "images per step, over all ranks together (paper: 512)")
-    lr: float = field(1.5e-3, "learning rate (paper: 1e-4)")
+    lr: float = field(1.5e-3, "learning rate (paper: 1e-4)", also=["learning_rate"])
     muon: float = field(0.02, "learning rate of Muon on the decoder's matrices; 0: Adam (paper: 0)")
     warmup: int = field(100, "steps of linear warm-up (paper: 0)")
     decay: bool = field(True, "cosine decay of the learning rate to zero (paper: no)")
@@ -571,7 +571,7 @@ def random_crops(images, index, size, generator):
 
 
 def announce(c, device, model, count):
-    """Print what is about to run, in three lines."""
+    """Print what is about to run, in three lines, and a warning if the encoder does not fit."""
     millions = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M"
     residual = "none" if c.latent == "dino" else millions(model.residual)
     print(f"stage 1 ({c.latent}) on {config.describe(device, c.precision)}; {count:,} images of "
@@ -579,6 +579,9 @@ def announce(c, device, model, count):
           f"encoder {c.encoder} {millions(model.dino)} frozen, residual {residual}, decoder "
           f"{millions(model.decoder)}; latent of {model.latent_dim} channels\n"
           f"{c.steps} steps of {c.batch}; {config.flags(c)}")
+    if c.encoder == "tiny" and c.latent != "vae" and c.data not in ("shapes", "shapes-color"):
+        print("warning: the tiny encoder knows only shapes, and its tokens hardly separate classes "
+              "of other images; use a DINOv3, such as --encoder vits16plus")
 
 
 @torch.no_grad()

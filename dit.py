@@ -51,10 +51,10 @@ class Config:
     # -------------------------------------------
     repa: float = field(0.0, "weight of REPA: an early block's tokens are aligned to the frozen "
                         "encoder's (REPA: 0.5)")
-    steps: int = field(1600, "optimizer steps")
+    steps: int = field(1600, "optimizer steps", also=["epochs", "iterations"])
     batch: int = field(64, "latents per step, over all ranks together (paper: 256)")
     micro_batch: int = field(0, "latents at a time, for a small GPU; 0: all. Same gradient")
-    lr: float = field(4e-3, "learning rate (paper: 1e-4)")
+    lr: float = field(4e-3, "learning rate (paper: 1e-4)", also=["learning_rate"])
     muon: float = field(0.03, "learning rate of Muon, on the blocks' matrices; 0: AdamW (paper: 0)")
     warmup: int = field(50, "steps of linear warm-up (paper: 0)")
     decay: bool = field(True, "cosine decay of the learning rate to zero (paper: no)")

@@ -3,7 +3,8 @@
 Nothing here knows about images, latents or models.  A stage declares its flags as the fields of one
 dataclass; `field(default, "help")` gives a flag its text in `--help`.
 """
-import argparse, contextlib, dataclasses, functools, hashlib, math, os, signal, sys, time, warnings
+import argparse, contextlib, dataclasses, difflib, functools, hashlib, math, os, signal, sys, time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,9 +24,10 @@ class UserError(Exception):
 # ---------------------------------------------------------------- flags from a dataclass
 
 
-def field(default, help, choices=None):
-    """A dataclass field with its text for `--help` and, optionally, its allowed values."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
+def field(default, help, choices=None, also=()):
+    """A dataclass field with its text for `--help` and, optionally, its allowed values.  also: what
+    else one may call the flag, to be told its name."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, also=also))
 
 
 def parse(cls, presets, argv=None):
@@ -34,7 +36,8 @@ def parse(cls, presets, argv=None):
     presets maps a name to a dict of fields.  If `cls` has a field `preset`, `--preset NAME` picks
     one (the field's default otherwise); a field `out` left empty becomes `out/<preset>`.  A field
     whose default is a tuple takes comma-separated whole numbers.  The result's `explicit` lists
-    the flags that were given.  A typo, an abbreviation, a wrong type or value exits with status 2.
+    the flags that were given.  A typo, an abbreviation, a wrong type or value exits with status 2;
+    the message names the flag that was probably meant.
     """
     main = sys.modules["__main__"]
     parser = argparse.ArgumentParser(
@@ -57,7 +60,10 @@ def parse(cls, presets, argv=None):
                 kind, (kind.__name__.upper(), kind))
             options.update(type=convert, metavar=name)
         parser.add_argument(f"--{f.name}", **options)
-    given = vars(parser.parse_args(argv))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(did_you_mean(unknown[0], dataclasses.fields(cls)))
+    given = vars(given)
     names = {f.name: f.default for f in dataclasses.fields(cls)}
     preset = given.get("preset", names.get("preset"))
     config = cls(**{**(presets.get(preset) or {}), **given})
@@ -70,6 +76,20 @@ def parse(cls, presets, argv=None):
     except ValueError as error:
         parser.error(str(error))
     return config
+
+
+def did_you_mean(unknown, fields):
+    """The message for an argument that is none of the flags."""
+    if not unknown.startswith("-"):
+        return f"unexpected {unknown!r}; every option is --flag value"
+    flag, names = unknown.split("=")[0], {}
+    for f in fields:
+        names |= dict.fromkeys((f.name, *f.metadata["also"]), f"--{f.name}")
+        if isinstance(f.default, bool):
+            names[f"no_{f.name}"] = f"--no-{f.name}"
+    close = difflib.get_close_matches(flag.strip("-").lower().replace("-", "_"), names, 1)
+    return f"unknown flag {flag}; " + (f"did you mean {names[close[0]]}?" if close
+                                       else "--help lists the flags")
 
 
 def finite(text):
@@ -422,6 +442,9 @@ class Loop:
         self.name, self.c, self.optimizer, self.path = name, c, optimizer, path
         self.save, self.start, self.rate = save, start, rate or learning_rate
         self.finite, self.shown = True, {}
+        if not rate and c.warmup >= c.steps:
+            print(f"warning: the learning rate still warms up when the run ends: {c.warmup} steps "
+                  f"of {c.steps}; use --warmup {c.steps // 10}")
 
     def log(self, *finite, **shown):
         """finite: tensors that end the run if they are not finite; shown: what the bar shows,
