@@ -1099,7 +1099,7 @@ def test_the_chain_on_a_folder_of_images(folder, work, tmp_path):
         result = call(module, "--preset", "debug", "--out", tmp_path / "own", *flags, "--steps", 3,
                       cwd=work)
         assert result.returncode == 0, result.stderr
-    assert (tmp_path / "own" / "samples.png").exists()
+    assert (tmp_path / "own" / "samples-steps3.png").exists()
 
 
 def test_generate_is_a_function_of_labels_and_seed(work):
@@ -1142,7 +1142,7 @@ def test_sample_writes_sweep_gif_and_npz(work):
     arrays = np.load(out / "samples.npz")
     assert arrays["arr_0"].shape == (20, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
     assert arrays["arr_1"].tolist() == [*range(10)] * 2
-    assert Image.open(out / "samples.png").size == (2 * 64, 2 * 64)
+    assert Image.open(out / "samples-classesdisc,3.png").size == (2 * 64, 2 * 64)
     assert Image.open(out / "sweep.png").size == (20 * 64, 2 * 64)
     assert Image.open(out / "trajectory.gif").n_frames > 10
     assert {"conv", "recall"} < set(rows[0])

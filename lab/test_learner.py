@@ -45,3 +45,24 @@ def test_a_warm_up_as_long_as_the_run_is_warned_of(capsys):
         c = SimpleNamespace(steps=120, warmup=warmup)
         config.Loop("x", c, None, "x.pt", None, rate=rate)
         assert ("warning: the learning rate still warms up" in capsys.readouterr().out) == warned
+
+
+def test_the_grid_of_another_setting_has_another_name():
+    def name(*flags):
+        return sample.grid_name(config.parse(sample.Config, sample.PRESETS, flags))
+    assert name() == name("--steps", "10", "--out", "a") == name("--preset", "debug") == (
+        "samples.png") == name("--n", "0", "--gif", "--batch", "9", "--device", "cpu")
+    assert name("--scale", "1", "--steps", "5") == "samples-steps5-scale1.png"
+    assert name("--preset", "debug", "--steps", "10") == "samples-steps10.png"
+    assert name("--classes", "../a b,3", "--t_lo", ".25") == "samples-t_lo0.25-classes.._a_b,3.png"
+
+
+@pytest.mark.parametrize("flags, nearest", [
+    ("--t_lo .71 --t_hi .74", "0.750"), ("--t_lo .9", "0.750"), ("--t_lo .7 --t_hi .75", None),
+    ("--t_lo .9 --sampler heun", None), ("--t_hi 0", None), ("", None),
+    ("--t_lo .71 --t_hi .74 --scale 1", None)])
+def test_a_guidance_interval_without_a_step_is_warned_of(flags, nearest, capsys):
+    c = config.parse(sample.Config, sample.PRESETS, ["--steps", "4", *flags.split()])
+    sample.warn_if_unguided(c, 1.0)                      # at 0, 1/4, 1/2, 3/4; heun's also at 1
+    found = capsys.readouterr().out
+    assert f"the nearest is at {nearest}\n" in found if nearest else not found
