@@ -9,8 +9,9 @@ back into pixels (SVG, arXiv 2510.15301, section 3.2 and Figure 5).
     python ae.py --latent vae --out out/vae   # the baseline: a KL-VAE built from the same networks
     python ae.py --data ~/photos --size 64    # a folder with one sub-folder per class
 
-Writes out/<preset>/ae.pt (self-describing) and reconstructions.png (each image next to its
-reconstruction).  Stage 2 caches the latents in the same folder, see `load_latents`.
+Writes out/<preset>/ae.pt (self-describing), ae.tsv (the losses, every 50 steps) and
+reconstructions.png (each image next to its reconstruction).  Stage 2 caches the latents in the same
+folder, see `load_latents`.
 """
 import contextlib, shutil, time
 from dataclasses import dataclass
@@ -502,7 +503,8 @@ def train(c):
     announce(c, device, model, len(images))
     config.compile_parts(model, (Block, Decoder), c.compile, device)
     network, began = config.parallel(model), time.time()
-    loop = config.Loop("ae", c, optimizer, path, save, checkpoint["step"] if checkpoint else 0)
+    start = checkpoint["step"] if checkpoint else 0
+    loop = config.Loop("ae", c, optimizer, path, save, start, losses=path.with_suffix(".tsv"))
     for step in loop:
         x, g = batch(step)                                             # (B, 3, S, S)
         with autocast():

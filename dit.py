@@ -8,8 +8,9 @@ on cached latents, so no encoder runs in the loop, except with --repa.
     python dit.py --out out/vae                       # on the latents of another autoencoder
     python dit.py --ae out/shapes --out out/mine --shift 1    # a second DiT on the same latents
 
-Reads ae.pt; writes out/<preset>/dit.pt (self-describing) and preview.png (always the same noise and
-classes, so that you can watch it learn).
+Reads ae.pt; writes out/<preset>/dit.pt (self-describing), dit.tsv (the loss and its parts by
+quarter of t, every 50 steps) and preview.png (always the same noise and classes, so that you can
+watch it learn).
 """
 import math, time
 from dataclasses import dataclass
@@ -309,7 +310,8 @@ def train(c):
     config.compile_parts(model, Block, c.compile, device)
     network = config.parallel(model)
     start, began, by_time = checkpoint["step"] if checkpoint else 0, time.time(), LossByTime(device)
-    loop, following = config.Loop("dit", c, optimizer, path, save, start), batch(start)
+    loop = config.Loop("dit", c, optimizer, path, save, start, losses=path.with_suffix(".tsv"))
+    following = batch(start)
     for step in loop:
         x1, y, noise, h = following                                # (B, C, h, w), (B,)
         optimizer.zero_grad(set_to_none=True)

@@ -66,3 +66,32 @@ def test_a_guidance_interval_without_a_step_is_warned_of(flags, nearest, capsys)
     sample.warn_if_unguided(c, 1.0)                      # at 0, 1/4, 1/2, 3/4; heun's also at 1
     found = capsys.readouterr().out
     assert f"the nearest is at {nearest}\n" in found if nearest else not found
+
+
+def take_steps(table, start=0, stop=None):
+    """A loop of 120 steps that is saved at the 70th; it is killed before the step `stop`."""
+    c = SimpleNamespace(steps=120, save_every=70, lr=1.0, warmup=2, decay=False)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    loop = config.Loop("x", c, optimizer, "x.pt", lambda step: None, start, losses=table)
+    for step in loop:
+        if step == stop:
+            return
+        loop.log(loss=torch.tensor(float(step)), parts=f"{step / 2} by half of t {step / 4:.2f}")
+
+
+def test_the_losses_of_a_run_are_in_a_table_which_a_resumed_run_continues(tmp_path, monkeypatch):
+    whole, killed = tmp_path / "whole.tsv", tmp_path / "killed.tsv"
+    take_steps(whole)
+    rows = [line.split("\t") for line in whole.read_text().splitlines()]
+    assert rows[0] == ["step", "loss", "parts", "parts_1"]
+    assert rows[2] == ["50", "49.0000", "24.5", "12.25"]
+    assert [row[0] for row in rows[1:]] == ["1", "50", "70", "100", "120"]
+    take_steps(killed, stop=110)
+    assert killed.read_text().splitlines()[-1].startswith("100\t")        # past the checkpoint
+    take_steps(killed, start=70)
+    assert killed.read_text() == whole.read_text()
+    take_steps(killed, stop=60)                                           # --overwrite
+    assert len(killed.read_text().splitlines()) == 3
+    monkeypatch.setattr(config, "rank", lambda: 1)
+    take_steps(tmp_path / "rank1.tsv")
+    assert not (tmp_path / "rank1.tsv").exists()
