@@ -1,5 +1,6 @@
 """Tests of what meets a learner in the first hour: warnings, names of files, tables of losses,
 references in the texts."""
+import ast, re
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import ae, dit, sample
 from dino import load_dino
 from plumbing import config
-from plumbing.testing import call, one_line
+from plumbing.testing import ROOT, call, one_line
 
 @pytest.mark.parametrize("module, flag, words", [
     (sample, "--guidance=2", ["did you mean --scale?"]), (sample, "--cfg", ["mean --scale?"]),
@@ -95,3 +96,16 @@ def test_the_losses_of_a_run_are_in_a_table_which_a_resumed_run_continues(tmp_pa
     monkeypatch.setattr(config, "rank", lambda: 1)
     take_steps(tmp_path / "rank1.tsv")
     assert not (tmp_path / "rank1.tsv").exists()
+
+
+def test_the_lines_to_read_are_where_the_readme_says():
+    text, total = (ROOT / "README.md").read_text(), 0
+    rows = re.findall(r"^\| `(\w+\.py):(\d+)-(\d+)` \| `(\w+)`(?:, `(\w+)`)? \|", text, re.M)
+    assert len(rows) == len(re.findall(r"`\w+\.py:\d", text)) > 5
+    for file, first, last, begin, end in rows:
+        nodes = ast.parse((ROOT / file).read_text()).body
+        named = {node.name: node for node in nodes if hasattr(node, "name")}
+        right = named[begin].lineno, named[end or begin].end_lineno
+        assert (int(first), int(last)) == right, (file, first, last, "should be", right)
+        total += int(last) - int(first) + 1
+    assert 550 < total < 650, "the README says 600"
