@@ -859,7 +859,7 @@ def test_the_real_sizes_take_steps_at_256_px(tmp_path, monkeypatch):
     assert model.latent_dim == 392 and model.image_size == 256
     assert len(config.load("out/imagenette/ae.pt")["gan"]["critic"]) > 0
     stage2 = config.parse(dit.Config, dit.PRESETS, flags + [
-        "--batch", "2", "--size", "S", "--shift", "auto", "--micro_batch", "1"])
+        "--batch", "2", "--model", "S", "--shift", "auto", "--micro_batch", "1"])
     net, model = dit.train(stage2), ae.load_ae("out/imagenette/ae.pt")
     latents = np.load(f"out/imagenette/latents-{model.fingerprint}.npy", mmap_mode="r")
     assert latents.shape == (2, 2, 392, 16, 16)
