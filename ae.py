@@ -9,8 +9,9 @@ back into pixels (SVG, arXiv 2510.15301, section 3.2 and Figure 5).
     python ae.py --latent vae --out out/vae   # the baseline: a KL-VAE built from the same networks
     python ae.py --data ~/photos --size 64    # a folder with one sub-folder per class
 
-Writes out/<preset>/ae.pt (self-describing) and reconstructions.png (each image next to its
-reconstruction).  Stage 2 caches the latents in the same folder, see `load_latents`.
+Writes out/<preset>/ae.pt (self-describing), ae.tsv (the losses, every 50 steps) and
+reconstructions.png (each image next to its reconstruction).  Stage 2 caches the latents in the same
+folder, see `load_latents`.
 """
 import contextlib, shutil, time
 from dataclasses import dataclass
@@ -79,9 +80,9 @@ class Config:
                                 "lpips)", ("encoder", "tiny", "lpips"))
     gan: float = field(0.0, "weight of the PatchGAN loss (paper: 0.5)")
     gan_start: int = field(2500, "steps before the discriminator joins (paper: 2,501)")
-    steps: int = field(700, "optimizer steps")
+    steps: int = field(700, "optimizer steps", also=["epochs", "iterations"])
     batch: int = field(32, "images per step, over all ranks together (paper: 512)")
-    lr: float = field(1.5e-3, "learning rate (paper: 1e-4)")
+    lr: float = field(1.5e-3, "learning rate (paper: 1e-4)", also=["learning_rate"])
     muon: float = field(0.02, "learning rate of Muon on the decoder's matrices; 0: Adam (paper: 0)")
     warmup: int = field(100, "steps of linear warm-up (paper: 0)")
     decay: bool = field(True, "cosine decay of the learning rate to zero (paper: no)")
@@ -504,7 +505,8 @@ def train(c):
     announce(c, device, model, len(images))
     config.compile_parts(model, (Block, Decoder), c.compile, device)
     network, began = config.parallel(model), time.time()
-    loop = config.Loop("ae", c, optimizer, path, save, checkpoint["step"] if checkpoint else 0)
+    start = checkpoint["step"] if checkpoint else 0
+    loop = config.Loop("ae", c, optimizer, path, save, start, losses=path.with_suffix(".tsv"))
     for step in loop:
         x, g = batch(step)                                             # (B, 3, S, S)
         with autocast():
@@ -573,7 +575,7 @@ def random_crops(images, index, size, generator):
 
 
 def announce(c, device, model, count):
-    """Print what is about to run, in three lines."""
+    """Print what is about to run, in three lines, and a warning if the encoder does not fit."""
     millions = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M"
     residual = "none" if c.latent == "dino" else millions(model.residual)
     print(f"stage 1 ({c.latent}) on {config.describe(device, c.precision)}; {count:,} images of "
@@ -581,6 +583,9 @@ def announce(c, device, model, count):
           f"encoder {c.encoder} {millions(model.dino)} frozen, residual {residual}, decoder "
           f"{millions(model.decoder)}; latent of {model.latent_dim} channels\n"
           f"{c.steps} steps of {c.batch}; {config.flags(c)}")
+    if c.encoder == "tiny" and c.latent != "vae" and c.data not in ("shapes", "shapes-color"):
+        print("warning: the tiny encoder knows only shapes, and its tokens hardly separate classes "
+              "of other images; use a DINOv3, such as --encoder vits16plus")
 
 
 @torch.no_grad()

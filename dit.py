@@ -8,8 +8,9 @@ on cached latents, so no encoder runs in the loop, except with --repa.
     python dit.py --out out/vae                       # on the latents of another autoencoder
     python dit.py --ae out/shapes --out out/mine --shift 1    # a second DiT on the same latents
 
-Reads ae.pt; writes out/<preset>/dit.pt (self-describing) and preview.png (always the same noise and
-classes, so that you can watch it learn).
+Reads ae.pt; writes out/<preset>/dit.pt (self-describing), dit.tsv (the loss and its parts by
+quarter of t, every 50 steps) and preview.png (always the same noise and classes, so that you can
+watch it learn).
 """
 import math, time
 from dataclasses import dataclass
@@ -38,11 +39,11 @@ class Config:
     preset: str = field("shapes", "a named set of the options below")
     out: str = field("", "folder for the results; out/<preset> if empty")
     ae: str = field("", "folder of stage 1's ae.pt; the same as --out if empty")
-    size: str = field("tiny", "width, depth and heads; --dim, --depth and --heads override it",
-                      ("tiny", "S", "B", "L", "XL"))
-    dim: int = field(0, "width; 0: from --size")
-    depth: int = field(0, "number of blocks; 0: from --size")
-    heads: int = field(0, "attention heads; 0: from --size")
+    model: str = field("tiny", "width, depth and heads; --dim, --depth and --heads override it",
+                       ("tiny", "S", "B", "L", "XL"), also=["size"])
+    dim: int = field(0, "width; 0: from --model")
+    depth: int = field(0, "number of blocks; 0: from --model")
+    heads: int = field(0, "attention heads; 0: from --model")
     # ---- EDIT HERE for ablations: the flow ----
     shift: str = field("2.5", "time shift in training, above 1: more time near noise; auto: RAE's "
                        "rule, by the size of the latent (code: 2.5)")
@@ -51,10 +52,10 @@ class Config:
     # -------------------------------------------
     repa: float = field(0.0, "weight of REPA: an early block's tokens are aligned to the frozen "
                         "encoder's (REPA: 0.5)")
-    steps: int = field(1600, "optimizer steps")
+    steps: int = field(1600, "optimizer steps", also=["epochs", "iterations"])
     batch: int = field(64, "latents per step, over all ranks together (paper: 256)")
     micro_batch: int = field(0, "latents at a time, for a small GPU; 0: all. Same gradient")
-    lr: float = field(4e-3, "learning rate (paper: 1e-4)")
+    lr: float = field(4e-3, "learning rate (paper: 1e-4)", also=["learning_rate"])
     muon: float = field(0.03, "learning rate of Muon, on the blocks' matrices; 0: AdamW (paper: 0)")
     warmup: int = field(50, "steps of linear warm-up (paper: 0)")
     decay: bool = field(True, "cosine decay of the learning rate to zero (paper: no)")
@@ -74,7 +75,7 @@ class Config:
 
     def check(self):
         """Fill in the sizes; ValueError for impossible values, before anything is read."""
-        dim, depth, heads = SIZES[self.size]
+        dim, depth, heads = SIZES[self.model]
         self.dim, self.depth = self.dim or dim, self.depth or depth
         self.heads = self.heads or heads
         check_training(self)
@@ -104,7 +105,7 @@ PRESETS = {
     "debug": dict(dim=128, depth=1, heads=4, steps=20, batch=32, warmup=5, save_every=10,
                   preview_every=20),
     # The paper's optimizer and shifts, its size B. Not trained here: no weights, no photographs.
-    "imagenette": dict(size="B", shift="2.5", sample_shift="6.67", steps=40000, batch=256,
+    "imagenette": dict(model="B", shift="2.5", sample_shift="6.67", steps=40000, batch=256,
                        lr=1e-4, muon=0.0, warmup=0, decay=False, beta2=0.999, clip=0.0, ema=0.9999,
                        preview_every=2000, save_every=2000),
 }
@@ -136,9 +137,9 @@ def sincos(positions, dim):
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
-def modulate(x, shift, scale):
-    """adaLN: x (B, N, D), shift and scale (B, D)"""
-    return x * (1 + scale[:, None]) + shift[:, None]
+def modulate(x, offset, gain):
+    """adaLN: x (B, N, D), offset and gain (B, D), which DiT's code calls shift and scale"""
+    return x * (1 + gain[:, None]) + offset[:, None]
 
 
 class TimeEmbedding(nn.Module):
@@ -170,13 +171,13 @@ class Block(nn.Module):
 
     def forward(self, x, c):
         B, N, D = x.shape
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(c).chunk(6, 1)
-        qkv = self.qkv(modulate(self.norm1(x), shift1, scale1))
+        offset1, gain1, gate1, offset2, gain2, gate2 = self.ada(c).chunk(6, 1)
+        qkv = self.qkv(modulate(self.norm1(x), offset1, gain1))
         q, k, v = qkv.view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)     # each (B, A, N, D/A)
         # ---- EXERCISE 9: rotate q and k ----
         y = attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
         x = x + gate1[:, None] * self.proj(y.transpose(1, 2).reshape(B, N, D))
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), offset2, gain2))
 
 
 class DiT(nn.Module):
@@ -224,8 +225,8 @@ class DiT(nn.Module):
             z = block(z, c)
             if hidden is not None:
                 hidden.append(z)
-        shift, scale = self.ada(c).chunk(2, 1)
-        v = self.out(modulate(self.norm(z), shift, scale)).float()             # (B, N, C)
+        offset, gain = self.ada(c).chunk(2, 1)
+        v = self.out(modulate(self.norm(z), offset, gain)).float()             # (B, N, C)
         return v.transpose(1, 2).reshape(B, C, h, w)
 
 
@@ -309,7 +310,8 @@ def train(c):
     config.compile_parts(model, Block, c.compile, device)
     network = config.parallel(model)
     start, began, by_time = checkpoint["step"] if checkpoint else 0, time.time(), LossByTime(device)
-    loop, following = config.Loop("dit", c, optimizer, path, save, start), batch(start)
+    loop = config.Loop("dit", c, optimizer, path, save, start, losses=path.with_suffix(".tsv"))
+    following = batch(start)
     for step in loop:
         x1, y, noise, h = following                                # (B, C, h, w), (B,)
         optimizer.zero_grad(set_to_none=True)
@@ -423,7 +425,7 @@ def announce(c, device, model, ae, count, shift):
     """Print what is about to run, in three lines, and a warning if the DiT is too narrow."""
     print(f"stage 2 on {config.describe(device, c.precision)}; latents of {count:,} images, "
           f"{ae.latent_dim} channels ({ae.config.latent}), {len(ae.class_names)} classes\n"
-          f"DiT {c.size}: width {c.dim}, depth {c.depth}, {c.heads} heads, "
+          f"DiT {c.model}: width {c.dim}, depth {c.depth}, {c.heads} heads, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; shift {shift:.3g}\n"
           f"{c.steps} steps of {c.batch}; {config.flags(c)}")
     if c.dim <= ae.latent_dim:

@@ -5,14 +5,15 @@
     python sample.py --gif                        # the path from noise to image, animated
     python sample.py --npz 50000 --seed 1         # for ADM's evaluator (FID)
 
-Reads out/<preset>/dit.pt and its autoencoder; writes samples.png, sweep.png and sweep.tsv (the
-paper's Figure 8a and Table 2a), trajectory.gif and samples.npz to the same folder.  Samples of
-`shapes` are scored by the rulers of metrics.py, which share nothing with the encoder.  NFE is the
-number of model evaluations per sample: one for each step, two with guidance.
+Reads out/<preset>/dit.pt and its autoencoder; writes samples.png (another setting's is named by
+what differs, such as samples-scale1.png), sweep.png and sweep.tsv (the paper's Figure 8a and Table
+2a), trajectory.gif and samples.npz to the same folder.  Samples of `shapes` are scored by the
+rulers of metrics.py, which share nothing with the encoder.  NFE is the number of model evaluations
+per sample: one for each step, two with guidance.
 
 For editing and interpolation see `python -m lab.edit --help`.
 """
-import time
+import re, time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,8 +41,8 @@ class Config:
     """Stage 3."""
     preset: str = field("shapes", "the preset whose folder is read if --out is empty")
     out: str = field("", "the folder that stage 2 wrote; out/<preset> if empty")
-    steps: int = field(10, "sampler steps")
-    scale: float = field(3.0, "guidance scale; 1: no guidance")
+    steps: int = field(10, "sampler steps", also=["nfe"])
+    scale: float = field(3.0, "guidance scale; 1: no guidance", also=["guidance", "cfg"])
     t_lo: float = field(0.0, "guide from this time on (0 is noise)")
     t_hi: float = field(1.0, "guide up to this time (1 is data)")
     shift: str = field("", "time shift of the steps, a number or auto; empty: the DiT's own")
@@ -50,7 +51,7 @@ class Config:
     seed: int = field(0, "seed of the noise; the noise is the same for any number of steps")
     classes: str = field("", "comma-separated names or numbers; empty: all, ten at most")
     columns: int = field(16, "images per class in the grid")
-    n: int = field(1000, "samples to score (shapes only); 0: none")
+    n: int = field(1000, "samples to score (shapes only); 0: none", also=["samples"])
     sweep: tuple = field((), "numbers of steps to compare: a grid and a table")
     gif: bool = field(False, "write the trajectories as an animation")
     npz: int = field(0, "write this many samples, balanced over the classes, to samples.npz")
@@ -158,6 +159,34 @@ def balanced_labels(classes, n):
     """n labels in order, every class equally often (up to a remainder)."""
     return torch.tensor(classes).repeat_interleave(-(-n // len(classes)))[:n]
 
+
+def grid_name(c):
+    """samples.png, or samples-steps5-scale1.png: the flags whose values differ from the preset's,
+    so that the grid of one setting does not replace that of another."""
+    usual, name = Config(**PRESETS[c.preset]), "samples"
+    for flag in "steps scale t_lo t_hi shift sampler seed classes columns".split():
+        value = getattr(c, flag)
+        if value != getattr(usual, flag):
+            name += f"-{flag}" + (f"{value:g}" if isinstance(value, float) else str(value))
+    return re.sub(r"[^\w.,+-]", "_", name) + ".png"
+
+
+def warn_if_unguided(c, shift):
+    """Print a warning if the sampler evaluates no time from --t_lo to --t_hi."""
+    if c.scale == 1 or c.t_lo == 0 and c.t_hi == 1:
+        return
+    times = []                                          # in float32, as `guided` compares them
+
+    def still(x, t):
+        times.append(torch.as_tensor(t, dtype=torch.float32).flatten()[0].item())
+        return x * 0
+    SAMPLERS[c.sampler](still, torch.zeros(1), c.steps, shift)
+    outside = lambda t: max(c.t_lo - t, t - c.t_hi)
+    nearest = min(times, key=outside)
+    if outside(nearest) > 0:
+        print(f"warning: nothing is guided: no step is at a time from --t_lo {c.t_lo:g} to --t_hi "
+              f"{c.t_hi:g}; the nearest is at {nearest:.3f}")
+
 # ---------------------------------------------------------------- scores
 
 # a key of `Rulers` and the name under which it is printed
@@ -204,6 +233,7 @@ def main(argv=None):
     draw = partial(measure, model, ae, **options)       # labels -> images, seconds, NFE
     print(f"stage 3 on {config.describe(device, c.precision)}; DiT of step {model.step}; {c.steps} "
           f"{c.sampler} steps, guidance {c.scale:g}, shift {shift:g}, seed {c.seed}")
+    warn_if_unguided(c, shift)
     if config.rank() == 0:                              # under torchrun only --npz is shared out
         show(c, draw, ae, classes, device)
         if c.gif:
@@ -213,8 +243,8 @@ def main(argv=None):
 
 
 def show(c, draw, ae, classes, device):
-    """samples.png, the scores, and --sweep."""
-    path = Path(c.out) / "samples.png"
+    """The grid, the scores, and --sweep."""
+    path = Path(c.out) / grid_name(c)
     images, _, nfe = draw(torch.tensor(classes).repeat_interleave(c.columns))
     save_grid(path, images, c.columns)
     print(f"wrote {path}: one row per class: "

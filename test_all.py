@@ -859,7 +859,7 @@ def test_the_real_sizes_take_steps_at_256_px(tmp_path, monkeypatch):
     assert model.latent_dim == 392 and model.image_size == 256
     assert len(config.load("out/imagenette/ae.pt")["gan"]["critic"]) > 0
     stage2 = config.parse(dit.Config, dit.PRESETS, flags + [
-        "--batch", "2", "--size", "S", "--shift", "auto", "--micro_batch", "1"])
+        "--batch", "2", "--model", "S", "--shift", "auto", "--micro_batch", "1"])
     net, model = dit.train(stage2), ae.load_ae("out/imagenette/ae.pt")
     latents = np.load(f"out/imagenette/latents-{model.fingerprint}.npy", mmap_mode="r")
     assert latents.shape == (2, 2, 392, 16, 16)
@@ -1114,7 +1114,7 @@ def test_the_chain_on_a_folder_of_images(folder, work, tmp_path):
         result = call(module, "--preset", "debug", "--out", tmp_path / "own", *flags, "--steps", 3,
                       cwd=work)
         assert result.returncode == 0, result.stderr
-    assert (tmp_path / "own" / "samples.png").exists()
+    assert (tmp_path / "own" / "samples-steps3.png").exists()
 
 
 def test_generate_is_a_function_of_labels_and_seed(work):
@@ -1157,7 +1157,7 @@ def test_sample_writes_sweep_gif_and_npz(work):
     arrays = np.load(out / "samples.npz")
     assert arrays["arr_0"].shape == (20, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
     assert arrays["arr_1"].tolist() == [*range(10)] * 2
-    assert Image.open(out / "samples.png").size == (2 * 64, 2 * 64)
+    assert Image.open(out / "samples-classesdisc,3.png").size == (2 * 64, 2 * 64)
     assert Image.open(out / "sweep.png").size == (20 * 64, 2 * 64)
     assert Image.open(out / "trajectory.gif").n_frames > 10
     assert {"conv", "recall"} < set(rows[0])

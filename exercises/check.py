@@ -87,13 +87,20 @@ STUB_AE = SimpleNamespace(image_size=2, patch=1, latent_dim=3, fingerprint=None,
 STUB_SCORES = dict.fromkeys(sample.SCORES, 0.5) | dict(n=1, coverage=0.753)
 
 
-def sample_command(model, *flags):
-    """Run `python sample.py` with these flags on stubs -> what it prints."""
+def sample_command(model, *flags, kept=None):
+    """Run `python sample.py` with these flags on stubs -> what it prints.  kept: the model that is
+    found in dit_1000.pt."""
+    def load_dit(path, *_):
+        assert kept and Path(path).name == "dit_1000.pt", f"sample.py loads {path}"
+        return kept
     scorer = mock.Mock(return_value=STUB_SCORES, floors=lambda n: (STUB_SCORES, STUB_SCORES))
     with (tempfile.TemporaryDirectory() as out, io.StringIO() as text,
           contextlib.redirect_stdout(text), contextlib.redirect_stderr(text),
           mock.patch.object(sample, "load", lambda *_: (model, STUB_AE)),
+          mock.patch.object(sample, "load_dit", load_dit),
+          mock.patch.object(dit, "load_dit", load_dit),
           mock.patch.object(sample, "Scorer", lambda *_: scorer)):
+        Path(out, "dit_1000.pt").touch()
         try:
             sample.main(["--out", out, "--classes", "0", "--columns", "1", *flags])
         except SystemExit as stop:
@@ -137,7 +144,10 @@ def exercise_1():
         # an independent time could as well be that of another pair; by chance below .001
         own, other = (torch.cat([x0, x1, a[:, None]], 1)[::5] for a in (z, z.roll(1)))
         tie = metrics.energy_distance(own[::2], other[1::2])
-        assert tie < 0.004, "the times must not depend on the noise or the data"
+        # correlations of z and its square with the pairs and theirs; by chance below .03
+        powers = torch.cat([z[None], z[None] ** 2, x0.T, x1.T, x0.T ** 2, x1.T ** 2])
+        weak_tie = powers.corrcoef()[:2, 2:].abs().max()
+        assert tie < 0.004 and weak_tie < 0.05, "the times must not depend on the noise or the data"
     return measured
 
 
@@ -187,6 +197,7 @@ def exercise_3():
     assert close([guide(1.0, 0.5), guide(2.0, 0.5), guide(growing, 0.25, (0.5, 1.0))],
                  [(3, 1), (-4, 2), (3, 1)]), "numbers and t_range must work as before"
     assert close(velocities(model, y, scale=growing), x - 0.5), "sample.generate must take it, too"
+    sample_command(model, "--steps", "2", "--n", "0")
     return measured
 
 
@@ -366,6 +377,9 @@ def exercise_11():
     assert asked, "both models must be asked for the class, once per step"
     plain = velocities(strong, labels, scale=2.0)
     assert close(plain, torch.full_like(plain, 3)), "without weak, guidance must work as before"
+    weak.asked = []
+    sample_command(strong, "--n", "0", kept=weak)
+    assert weak.asked, "sample.py does not load dit_1000.pt and hand it to generate"
     return measured
 
 

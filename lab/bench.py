@@ -240,7 +240,7 @@ def sampling(m, shape, steps):
 def stages(m):
     """-> (name, batch, builder, FLOP per image if known without a run)"""
     a, d, dino, steps = m.a, m.d, m.ae.dino, sample.Config(**sample.PRESETS[m.c.preset]).steps
-    shapes = {**dit.SIZES, d.size: (d.dim, d.depth, d.heads)}
+    shapes = {**dit.SIZES, d.model: (d.dim, d.depth, d.heads)}
     flops = {k: dit_flops(*s[:2], m.side ** 2, m.ae.latent_dim) for k, s in shapes.items()}
     yield "feed", a.batch, lambda: lambda batch, autocast: m.feed(batch), 0
     yield (f"features, {a.encoder}", a.batch,
@@ -248,11 +248,11 @@ def stages(m):
     yield "AE step", a.batch, lambda: ae_step(m), 0
     yield ("decoding", a.batch,
            lambda: without_gradients(lambda batch: m.ae.decode(m.latents(batch, m.side)[0])), 0)
-    for k in dict.fromkeys([d.size, "XL" if m.c.preset == "imagenette" else d.size]):
+    for k in dict.fromkeys([d.model, "XL" if m.c.preset == "imagenette" else d.model]):
         yield (f"{steps} guided steps, {k}", d.batch, lambda k=k: sampling(m, shapes[k], steps),
                flops[k] / 3 * 2 * steps)               # forward only, with the class and without
     # the largest last: on a CPU the allocator does not return its memory
-    for k in shapes if m.c.preset != "debug" else [d.size]:
+    for k in shapes if m.c.preset != "debug" else [d.model]:
         yield f"DiT step, {k}", d.batch, lambda k=k: dit_step(m, shapes[k], m.side), flops[k]
 
 

@@ -617,7 +617,7 @@ class ChannelMatching(ae.DistributionMatching):
 
 
 plain_guided, plain_generate, plain_rulers = flow.guided, sample.generate, metrics.Rulers.__call__
-plain_attention = dit.attention
+plain_attention, plain_measure = dit.attention, sample.measure
 
 
 class ExerciseSolver:
@@ -699,7 +699,9 @@ class ExerciseSolver:
         if used:
             self.set(sample, guided=star)
 
-    def solve_11(self, label_of=lambda y, null: y):
+    def solve_11(self, label_of=lambda y, null: y, used=True):
+        def measure(*args, **options):
+            return plain_measure(*args, weak=sample.load_dit("out/dit_1000.pt"), **options)
         def generate(model, autoencoder, labels, *args, weak=None, **options):
             def guided(model, y, null, scale, t_range):
                 def velocity(x, t):
@@ -712,6 +714,8 @@ class ExerciseSolver:
                     patch.setattr(sample, "guided", guided)
                 return plain_generate(model, autoencoder, labels, *args, **options)
         self.set(sample, generate=generate)
+        if used:
+            self.set(sample, measure=measure)
 
     def solve_12(self):
         self.set(torch.linalg, qr=lambda a: (torch.eye(3).expand_as(a), None))
@@ -724,6 +728,7 @@ def exercise_solver(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("n, options", [
     *((str(n), {}) for n in range(1, 13)), ("2", dict(solver=midpoint_of_tensors)),
+    ("2", dict(solver=lambda *a: midpoint(*a, time_of=torch.tensor))),
     ("10", dict(star=lambda *a: guided_star(*a, calls=2)))])
 def test_a_solved_exercise_passes(n, options, exercise_solver):
     getattr(exercise_solver, f"solve_{n}")(**options)
@@ -739,6 +744,18 @@ def from_noise(x1, shift=1.0, generator=None):
 def from_data(x1, shift=1.0, generator=None):
     x0 = torch.randn(x1.shape, generator=generator)
     return x0, flow.shift_time(x1.flatten(1)[:, 0].sigmoid(), shift)
+
+
+def from_size_of_noise(x1, shift=1.0, generator=None):
+    x0 = torch.randn(x1.shape, generator=generator)
+    uniform = torch.erf(x0[:, 0].double().abs() / 2 ** 0.5).clamp(1e-9, 1 - 1e-9)
+    return x0, flow.shift_time(torch.special.ndtri(uniform).sigmoid(), shift)
+
+
+def partly_from_noise(x1, shift=1.0, generator=None):
+    x0 = torch.randn(x1.shape, generator=generator)
+    z = 0.1 * x0[:, 0] + 0.99 ** 0.5 * torch.randn(len(x1), generator=generator)
+    return x0, flow.shift_time(z.sigmoid(), shift)
 
 
 def unshifted(x1, shift=1.0, generator=None):
@@ -759,6 +776,7 @@ def always_two(model, y, null, scale, t_range=(0.0, 1.0)):
 
 @pytest.mark.parametrize("n, options, words", [
     ("1", dict(draw=from_noise), "depend"), ("1", dict(draw=from_data), "depend"),
+    ("1", dict(draw=from_size_of_noise), "depend"), ("1", dict(draw=partly_from_noise), "depend"),
     ("1", dict(draw=unshifted), "N(0, 1)"), ("1", dict(draw=unseeded), "generator"),
     ("2", dict(solver=flow.heun), "middle"), ("2", dict(solver=flow.euler), "8 evaluations"),
     ("2", dict(shown=flow.heun), "--sampler"),
@@ -774,7 +792,8 @@ def always_two(model, y, null, scale, t_range=(0.0, 1.0)):
     ("9", dict(rotates=False), "expected"),
     ("10", dict(star=lambda *a: guided_star(*a, over=(0, 1, 2, 3))), "off"),
     ("10", dict(used=False), "generate"),
-    ("11", dict(label_of=lambda y, null: torch.full_like(y, null)), "class")])
+    ("11", dict(label_of=lambda y, null: torch.full_like(y, null)), "class"),
+    ("11", dict(used=False), "dit_1000.pt")])
 def test_a_wrong_solution_does_not_pass(n, options, words, exercise_solver):
     getattr(exercise_solver, f"solve_{n}")(**options)
     solved, line = check.verdict(check.EXERCISES[n])

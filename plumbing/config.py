@@ -3,7 +3,8 @@
 Nothing here knows about images, latents or models.  A stage declares its flags as the fields of one
 dataclass; `field(default, "help")` gives a flag its text in `--help`.
 """
-import argparse, contextlib, dataclasses, functools, hashlib, math, os, signal, sys, time, warnings
+import argparse, contextlib, dataclasses, difflib, functools, hashlib, math, os, re, signal, sys
+import time, warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,9 +24,10 @@ class UserError(Exception):
 # ---------------------------------------------------------------- flags from a dataclass
 
 
-def field(default, help, choices=None):
-    """A dataclass field with its text for `--help` and, optionally, its allowed values."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
+def field(default, help, choices=None, also=()):
+    """A dataclass field with its text for `--help` and, optionally, its allowed values.  also: what
+    else one may call the flag, to be told its name."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, also=also))
 
 
 def parse(cls, presets, argv=None):
@@ -34,7 +36,8 @@ def parse(cls, presets, argv=None):
     presets maps a name to a dict of fields.  If `cls` has a field `preset`, `--preset NAME` picks
     one (the field's default otherwise); a field `out` left empty becomes `out/<preset>`.  A field
     whose default is a tuple takes comma-separated whole numbers.  The result's `explicit` lists
-    the flags that were given.  A typo, an abbreviation, a wrong type or value exits with status 2.
+    the flags that were given.  A typo, an abbreviation, a wrong type or value exits with status 2;
+    the message names the flag that was probably meant.
     """
     main = sys.modules["__main__"]
     parser = argparse.ArgumentParser(
@@ -57,7 +60,10 @@ def parse(cls, presets, argv=None):
                 kind, (kind.__name__.upper(), kind))
             options.update(type=convert, metavar=name)
         parser.add_argument(f"--{f.name}", **options)
-    given = vars(parser.parse_args(argv))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(did_you_mean(unknown[0], dataclasses.fields(cls)))
+    given = vars(given)
     names = {f.name: f.default for f in dataclasses.fields(cls)}
     preset = given.get("preset", names.get("preset"))
     config = cls(**{**(presets.get(preset) or {}), **given})
@@ -70,6 +76,20 @@ def parse(cls, presets, argv=None):
     except ValueError as error:
         parser.error(str(error))
     return config
+
+
+def did_you_mean(unknown, fields):
+    """The message for an argument that is none of the flags."""
+    if not unknown.startswith("-"):
+        return f"unexpected {unknown!r}; every option is --flag value"
+    flag, names = unknown.split("=")[0], {}
+    for f in fields:
+        names |= dict.fromkeys((f.name, *f.metadata["also"]), f"--{f.name}")
+        if isinstance(f.default, bool):
+            names[f"no_{f.name}"] = f"--no-{f.name}"
+    close = difflib.get_close_matches(flag.strip("-").lower().replace("-", "_"), names, 1)
+    return f"unknown flag {flag}; " + (f"did you mean {names[close[0]]}?" if close
+                                       else "--help lists the flags")
 
 
 def finite(text):
@@ -415,13 +435,21 @@ class Loop:
     steps; and after Ctrl-C or SIGTERM saves and exits with status 130.  It does not save after the
     last step: that is up to the code below the loop.
 
-    c: a Config with steps, save_every and what `rate` reads; path: the checkpoint, for messages.
+    c: a Config with steps, save_every and what `rate` reads; path: the checkpoint, for messages;
+    losses: a .tsv file for the numbers that are shown, one row each time.  A resumed run continues
+    the rows of the steps before it.
     """
 
-    def __init__(self, name, c, optimizer, path, save, start=0, rate=None):
+    def __init__(self, name, c, optimizer, path, save, start=0, rate=None, losses=None):
         self.name, self.c, self.optimizer, self.path = name, c, optimizer, path
         self.save, self.start, self.rate = save, start, rate or learning_rate
-        self.finite, self.shown = True, {}
+        self.finite, self.shown, self.losses, self.rows = True, {}, losses, {}
+        if losses and start and Path(losses).is_file():
+            before = re.finditer(r"^(\d+)\t.*", Path(losses).read_text(), re.M)
+            self.rows = {int(row[1]): row[0] for row in before if int(row[1]) <= start}
+        if not rate and c.warmup >= c.steps:
+            print(f"warning: the learning rate still warms up when the run ends: {c.warmup} steps "
+                  f"of {c.steps}; use --warmup {c.steps // 10}")
 
     def log(self, *finite, **shown):
         """finite: tensors that end the run if they are not finite; shown: what the bar shows,
@@ -443,7 +471,8 @@ class Loop:
                 asked = (stop.asked if world() == 1 else
                          (step + 1) % 10 == 0 and any_rank(stop.asked))
                 last, saving = step + 1 == c.steps, (step + 1) % c.save_every == 0 or asked
-                if step % 50 == 0 or saving or last:        # waits for the device only here
+                # waits for the device only here
+                if step == 0 or (step + 1) % 50 == 0 or saving or last:
                     self.show(bar, step, saving or last)
                 if saving and not last:
                     self.save(step + 1)
@@ -454,7 +483,7 @@ class Loop:
                         sys.exit(130)
 
     def show(self, bar, step, saving):
-        """Set the text of the bar.  UserError: a loss, or a weight to be saved, is not finite."""
+        """Set the text of the bar, add a row to the table.  UserError: a loss, or a weight to be saved, is not finite."""
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
         if not self.finite or saving and not all(p.isfinite().all() for p in weights):
             raise UserError(f"the loss is not finite at step {step}; {self.path}, if it"
@@ -462,8 +491,19 @@ class Loop:
         shown = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v
                  for k, v in self.shown.items()}
         all_reduce_mean([v for v in shown.values() if isinstance(v, torch.Tensor)])
-        bar.set_postfix({k: f"{v:.4f}" if isinstance(v, torch.Tensor) else str(v)
-                         for k, v in shown.items()})
+        shown = {k: f"{v:.4f}" if isinstance(v, torch.Tensor) else str(v) for k, v in shown.items()}
+        bar.set_postfix(shown)
+        if self.losses and rank() == 0:
+            self.write_losses(step + 1, shown)
+
+    def write_losses(self, steps, shown):
+        """Add a row to the .tsv file: the steps done and the numbers shown, `loss_1` and so on for
+        those after the first of one text."""
+        cells = {k if i == 0 else f"{k}_{i}": number for k, text in shown.items()
+                 for i, number in enumerate(re.findall(r"-?\d+\.\d+", text))}
+        self.rows[steps] = "\t".join([str(steps), *cells.values()])
+        text = "\n".join(["\t".join(["step", *cells]), *self.rows.values()]) + "\n"
+        atomic(self.losses, lambda path: Path(path).write_text(text))
 
 
 def learning_rate(config, step):
