@@ -412,8 +412,9 @@ class Loop:
 
     Before a step it sets the learning rate.  After a step it advances the bar and, now and then,
     shows what `log` was given and checks that it is finite; calls save(step + 1) every `save_every`
-    steps; and after Ctrl-C or SIGTERM saves and exits with status 130.  It does not save after the
-    last step: that is up to the code below the loop.
+    steps; and after Ctrl-C or SIGTERM saves and exits with status 130.  After 21 steps it says how
+    long the rest will take.  It does not save after the last step: that is up to the code below
+    the loop.
 
     c: a Config with steps, save_every and what `rate` reads; path: the checkpoint, for messages.
     """
@@ -445,6 +446,10 @@ class Loop:
                 last, saving = step + 1 == c.steps, (step + 1) % c.save_every == 0 or asked
                 if step % 50 == 0 or saving or last:        # waits for the device only here
                     self.show(bar, step, saving or last)
+                if step == self.start:          # not counted: it compiles and fills caches
+                    began = time.time()
+                elif step == self.start + 20:
+                    self.forecast((time.time() - began) / 20, c.steps - step - 1)
                 if saving and not last:
                     self.save(step + 1)
                     if asked:
@@ -464,6 +469,12 @@ class Loop:
         all_reduce_mean([v for v in shown.values() if isinstance(v, torch.Tensor)])
         bar.set_postfix({k: f"{v:.4f}" if isinstance(v, torch.Tensor) else str(v)
                          for k, v in shown.items()})
+
+    def forecast(self, seconds, steps):
+        """Print how long so many more steps of so many seconds will take, unless it is short."""
+        if seconds * steps > 60:
+            tqdm.write(f"{self.name}: about {seconds * steps / 60:.0f} min for {steps} more steps, "
+                       f"{seconds:.3g} s each")
 
 
 def learning_rate(config, step):
