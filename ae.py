@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import evenly, load_images, to_float, to_uint8
+from data import evenly, load_images, to_float, to_uint8, warn_of_few
 from dino import Block, DINOv3, ViTConfig, load_dino, rebuild
 from metrics import psnr, ssim
 from plumbing import config, muon
@@ -45,8 +45,9 @@ class Config:
     preset: str = field("shapes", "a named set of the options below")
     out: str = field("", "folder for the results; out/<preset> if empty")
     data: str = field("shapes", "shapes, shapes-color (its classes are colors), imagenette, "
-                      "imagewoof, or a folder")
-    classes: str = field("", "only these classes: comma-separated names, or a file of names")
+                      "imagewoof, tiny-imagenet, a folder, or an archive")
+    classes: str = field("", "only these classes: comma-separated names, a file of names, or "
+                         "easy-ten (of tiny-imagenet)")
     images: int = field(0, "train only on N images, evenly spaced in the data set; 0: all")
     size: int = field(32, "image side in pixels; a multiple of the encoder's patch")
     crop: str = field("center", "which square of an image to train on (code: random)",
@@ -546,12 +547,14 @@ def feed(c, device):
     """-> function step -> (images (B, 3, S, S) in [-1, 1], the step's generator); all training
     images uint8; class names."""
     def load(size):
-        images, _, class_names = load_images(c.data, size, "train", classes=c.classes)
-        return (images[evenly(len(images), c.images).numpy()] if c.images else images), class_names
+        images, labels, class_names = load_images(c.data, size, "train", classes=c.classes)
+        part = evenly(len(images), c.images)
+        return (images[part.numpy()] if c.images else images), labels[part], class_names
 
-    images, class_names = load(c.size)
+    images, labels, class_names = load(c.size)
+    warn_of_few(labels, class_names, c.batch)
     if c.crop == "random":                               # crops come from larger squares
-        larger, _ = load(c.size * 9 // 8)
+        larger, _, _ = load(c.size * 9 // 8)
 
     def batch(step):
         g = config.generator(c.seed, step)               # all randomness of this step
@@ -620,8 +623,10 @@ def evaluate(c, model, autocast, device):
         y = torch.cat([model.decode(model.encode(part)) for part in x.split(250)])
     few = evenly(len(x), 64)
     pairs = torch.stack([x[few], y[few]], 1).flatten(0, 1)         # image, reconstruction, ...
-    save_grid(Path(c.out) / "reconstructions.png", to_uint8(pairs), 16)
-    print(f"reconstruction of {len(x)} held-out images, seed {c.seed}:\n"
+    path = Path(c.out) / "reconstructions.png"
+    save_grid(path, to_uint8(pairs), 16)
+    print(f"wrote {path}: each held-out image next to its reconstruction\n"
+          f"reconstruction of {len(x)} held-out images, seed {c.seed}:\n"
           f"psnr_db: {psnr(x, y).mean():.2f}\nssim: {ssim(x, y).mean():.3f}")
     return model
 

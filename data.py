@@ -209,17 +209,17 @@ def hue_classes(rgb):
 # ---------------------------------------------------------------- loading
 
 SHAPES_SPLITS = {"train": (20_000, 0), "test": (2_000, 1)}         # images, seed
-VERSION = 1                    # of the cache: raise it when `shapes` or the decoding changes
+VERSION = 2                    # of the cache: raise it when `shapes` or the decoding changes
 
 
 def load_images(name, size, split="train", cache="out/data", classes=""):
     """A data set -> images uint8 (M, 3, size, size) memory-mapped, labels int64 (M,), class names.
 
     name: `shapes`, `shapes-color` (the same images, the class is the object's color), `imagenette`
-    and the like (downloaded the first time), or a folder; size: side in pixels, images are
-    center-cropped; split: train or test; classes: use only these, as in `list_folder`.  Decoded
-    once into `cache`, and again if the folder has changed.  UserError: a folder that `list_folder`
-    or `decode_folder` rejects, or a download that fails.
+    and the like (downloaded the first time), a folder, or a zip or tar archive of one; size: side
+    in pixels, images are center-cropped; split: train or test; classes: use only these, as in
+    `list_folder`.  Decoded once into `cache`, and again if the folder has changed.  UserError: a
+    folder that `list_folder` or `decode_folder` rejects, or a download that fails.
     """
     if name == "shapes-color":
         images, _, _ = load_images("shapes", size, split, cache, classes)
@@ -260,6 +260,18 @@ def evenly(count, n):
     return torch.arange(n) * count // n
 
 
+def warn_of_few(labels, names, batch):
+    """Print one line if the images are fewer than a batch, or those of a class fewer than 20."""
+    count = torch.bincount(labels, minlength=len(names)).tolist()
+    small = [f"{name} ({n})" for name, n in zip(names, count) if n < 20]
+    found = [f"{len(labels)} images are fewer than --batch {batch}"] * (len(labels) < batch)
+    if small:
+        found.append(f"{len(small)} of {len(names)} classes have fewer than 20 images: "
+                     + ", ".join(small[:5]) + (" ..." if len(small) > 5 else ""))
+    if found:
+        print(f"warning: {'; '.join(found)}; the models will memorize them")
+
+
 def to_float(images, index, flip=None, device="cpu"):
     """Rows `index` of uint8 images -> float32 in [-1, 1] (B, 3, S, S) on the device.
 
@@ -284,7 +296,8 @@ def to_uint8(images):
 @dataclass
 class Config:
     """A page of examples."""
-    data: str = config.field("shapes", "shapes, shapes-color, imagenette, imagewoof, or a folder")
+    data: str = config.field("shapes", "shapes, shapes-color, imagenette, imagewoof, "
+                             "tiny-imagenet, a folder, or an archive")
     size: int = config.field(32, "side of an image in pixels")
     columns: int = config.field(16, "images per class; ten classes at most")
     out: str = config.field("out/data/page.png", "the file to write")

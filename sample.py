@@ -201,6 +201,7 @@ class Scorer(Rulers):
     images, and measures the floors."""
 
     def __init__(self, ae, device="cpu", precision="auto"):
+        # the classes of shapes are in random order, so that the first images are a fair part
         train, _, _ = load_images("shapes", ae.image_size)
         super().__init__(torch.from_numpy(train[:5000].copy()), device)
         _, self.autocast = config.setup(device, precision=precision)
@@ -279,6 +280,7 @@ def sweep(c, draw, classes, scorer):
     save_grid(out / "sweep.png", rows, len(labels))
     print(f"wrote {out / 'sweep.png'}: one row per number of steps")
     if not scorer:
+        print("no sweep.tsv, because nothing is scored")
         return
     labels = balanced_labels(classes, c.n)
     lines = ["steps\tscale\tnfe\taccuracy\tfrechet\tconv\trecall\tn\tseed\tshift"]

@@ -432,8 +432,9 @@ class Loop:
 
     Before a step it sets the learning rate.  After a step it advances the bar and, now and then,
     shows what `log` was given and checks that it is finite; calls save(step + 1) every `save_every`
-    steps; and after Ctrl-C or SIGTERM saves and exits with status 130.  It does not save after the
-    last step: that is up to the code below the loop.
+    steps; and after Ctrl-C or SIGTERM saves and exits with status 130.  After 21 steps it says how
+    long the rest will take.  It does not save after the last step: that is up to the code below
+    the loop.
 
     c: a Config with steps, save_every and what `rate` reads; path: the checkpoint, for messages;
     losses: a .tsv file for the numbers that are shown, one row each time.  A resumed run continues
@@ -474,6 +475,10 @@ class Loop:
                 # waits for the device only here
                 if step == 0 or (step + 1) % 50 == 0 or saving or last:
                     self.show(bar, step, saving or last)
+                if step == self.start:          # not counted: it compiles and fills caches
+                    began = time.time()
+                elif step == self.start + 20:
+                    self.forecast((time.time() - began) / 20, c.steps - step - 1)
                 if saving and not last:
                     self.save(step + 1)
                     if asked:
@@ -483,7 +488,8 @@ class Loop:
                         sys.exit(130)
 
     def show(self, bar, step, saving):
-        """Set the text of the bar, add a row to the table.  UserError: a loss, or a weight to be saved, is not finite."""
+        """Set the text of the bar, add a row to the table.  UserError: a loss, or a weight to be
+        saved, is not finite."""
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
         if not self.finite or saving and not all(p.isfinite().all() for p in weights):
             raise UserError(f"the loss is not finite at step {step}; {self.path}, if it"
@@ -504,6 +510,12 @@ class Loop:
         self.rows[steps] = "\t".join([str(steps), *cells.values()])
         text = "\n".join(["\t".join(["step", *cells]), *self.rows.values()]) + "\n"
         atomic(self.losses, lambda path: Path(path).write_text(text))
+
+    def forecast(self, seconds, steps):
+        """Print how long so many more steps of so many seconds will take, unless it is short."""
+        if seconds * steps > 60:
+            tqdm.write(f"{self.name}: about {seconds * steps / 60:.0f} min for {steps} more steps, "
+                       f"{seconds:.3g} s each")
 
 
 def learning_rate(config, step):

@@ -7,7 +7,8 @@ the next run.
 Environment: NOVAE_CACHE, a folder instead of ~/.cache/novae; HF_ENDPOINT, a mirror of
 https://huggingface.co; HF_TOKEN, for gated repositories there; HTTPS_PROXY and the like.
 """
-import contextlib, errno, hashlib, os, re, shutil, tarfile, time
+import contextlib, errno, hashlib, os, re, shutil, stat, tarfile, time, zipfile
+from functools import partial
 from pathlib import Path
 
 import requests
@@ -202,7 +203,7 @@ def _problem(path, size, sha256, md5):
 
 
 def unpack(archive, folder, most_bytes=8 << 30):
-    """Unpack a tar archive (.tgz and the like) into `folder` unless that exists; -> Path.
+    """Unpack a zip or tar archive (.tgz and the like) into `folder` unless that exists; -> Path.
 
     If everything is in one top folder, that becomes `folder`.  It appears complete or not at all.
     UserError: damaged or empty, larger than most_bytes once unpacked, a full disk, or a member that
@@ -224,30 +225,51 @@ def unpack(archive, folder, most_bytes=8 << 30):
             os.replace(inside[0] if lone else part, folder)
         except UserError:
             raise
-        except Exception as error:                         # tarfile, gzip, lzma: each has its own
+        except Exception as error:                 # tarfile, zipfile, gzip, lzma: each has its own
             reason = str(error).partition("\n")[0]
             if getattr(error, "errno", None):
                 raise UserError(f"{folder}: could not be unpacked from {archive} "
                                 f"({error.strerror})") from None
-            raise UserError(f"{archive}: a damaged archive ({reason}); delete it, and the same "
-                            "command fetches it again") from None
+            raise UserError(f"{archive}: a damaged archive ({reason}); delete it and fetch it "
+                            "again") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
 def _extract(archive, part, most_bytes):
-    """Stricter than tarfile's `data` filter, which renames absolute paths and lets links pass."""
+    """Stricter than tarfile's `data` filter and zipfile, which rename paths that lead out of the
+    folder; links may pass the former."""
+    with open(archive, "rb") as file:
+        members = _zip_members if file.read(4) == b"PK\3\4" else _tar_members
     room = most_bytes
+    for name, size, plain, extract in tqdm(members(archive, part), f"unpacking {archive.name}",
+                                           unit=" files"):
+        parts = name.replace("\\", "/").split("/")
+        if not parts[0] or ".." in parts or not plain:
+            raise UserError(f"{archive}: {name!r} is a link or device, or would land outside the "
+                            "folder; refused")
+        room -= size + 512                                 # even an empty file takes space
+        if room < 0:
+            raise UserError(f"{archive}: more than {most_bytes:,} bytes once unpacked; refused")
+        extract()
+    if room == most_bytes:
+        raise tarfile.ReadError("it is empty")
+
+
+def _tar_members(archive, part):
+    """Yields each member's name, its size once unpacked, whether it is a plain file or a folder,
+    and a function that unpacks it into `part`."""
     with tarfile.open(archive) as tar:
-        for member in tqdm(tar, desc=f"unpacking {archive.name}", unit=" files"):
-            parts = member.name.replace("\\", "/").split("/")
-            if not parts[0] or ".." in parts or not (member.isreg() or member.isdir()):
-                raise UserError(f"{archive}: {member.name!r} is a link or device, or would land "
-                                "outside the folder; refused")
-            room -= member.size + 512                      # even an empty file takes space
-            if room < 0:
-                raise UserError(f"{archive}: more than {most_bytes:,} bytes once unpacked; refused")
-            tar.extract(member, part, filter="data")
-        if room == most_bytes:
-            raise tarfile.ReadError("it is empty")
+        for member in tar:
+            yield (member.name, member.size, member.isreg() or member.isdir(),
+                   partial(tar.extract, member, part, filter="data"))
+
+
+def _zip_members(archive, part):
+    """The same for a zip file; zipfile never writes more than the stated size."""
+    with zipfile.ZipFile(archive) as file:
+        for member in file.infolist():
+            kind = stat.S_IFMT(member.external_attr >> 16)           # 0: not stated
+            yield (member.filename, member.file_size, kind in (0, stat.S_IFREG, stat.S_IFDIR),
+                   partial(file.extract, member, part))

@@ -2,7 +2,7 @@
 
 A folder has one subfolder per class, directly or inside train/ and val/.
 """
-import os, unicodedata, warnings
+import hashlib, os, tarfile, unicodedata, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,14 +17,23 @@ from plumbing.fetch import cache_dir, fetch, unpack
 # ---------------------------------------------------------------- data sets to download
 
 FASTAI = "https://s3.amazonaws.com/fast-ai-imageclas/"
-ARCHIVES = {                   # ten classes of ImageNet each: easy ones, and breeds of dogs
+ARCHIVES = {                   # ten classes of ImageNet: easy ones, or breeds of dogs; 200 at 64 px
     "imagenette": (FASTAI + "imagenette2-320.tgz",           # 340 MB; the shorter side is 320 px
                    dict(md5="3df6f0d01a2c9592104656642f5e78a3")),
     "imagenette-full": (FASTAI + "imagenette2.tgz",          # 1.6 GB; as in ImageNet
                         dict(md5="fe2fc210e6bb7c5664d602c3cd71e612")),
     "imagewoof": (FASTAI + "imagewoof2-320.tgz",             # the sha256 is from third parties
                   dict(sha256="4e4905ed7643120daaf9bf3b2ef7f3a7e8396d9bdaf254a38c6f01f618b4973d")),
+    "tiny-imagenet": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+                      dict(size=248_100_043, md5="90528d7ca1a48142e341f4ef8d21d0de")),
 }
+EASY_TEN = {                   # ten classes of Tiny ImageNet that are easy to tell apart
+    "n01443537": "goldfish", "n02056570": "king penguin", "n02165456": "ladybug",
+    "n02279972": "monarch", "n04146614": "school bus", "n04285008": "sports car",
+    "n04366367": "suspension bridge", "n04399382": "teddy", "n07873807": "pizza",
+    "n09193705": "alp",
+}
+CLASS_LISTS = {"easy-ten": EASY_TEN}                         # --classes NAME
 WORDS = {                      # ImageNet's names of these classes -> words
     "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
     "n03000684": "chain saw", "n03028079": "church", "n03394916": "French horn",
@@ -33,19 +42,26 @@ WORDS = {                      # ImageNet's names of these classes -> words
     "n02086240": "Shih-Tzu", "n02087394": "Rhodesian ridgeback", "n02088364": "beagle",
     "n02089973": "English foxhound", "n02093754": "Border terrier",
     "n02096294": "Australian terrier", "n02099601": "golden retriever",
-    "n02105641": "Old English sheepdog", "n02111889": "Samoyed", "n02115641": "dingo",
+    "n02105641": "Old English sheepdog", "n02111889": "Samoyed", "n02115641": "dingo", **EASY_TEN,
 }
 
 
 def find_folder(name):
-    """A name of ARCHIVES -> its folder in the cache, downloaded and unpacked if it is not there;
-    any other name is the path of a folder."""
-    if name not in ARCHIVES:
-        return Path(name).expanduser()
-    url, checksum = ARCHIVES[name]
-    archive = cache_dir() / url.rpartition("/")[2]
-    folder = archive.with_suffix("")
-    return folder if folder.is_dir() else unpack(fetch(url, archive, **checksum), folder)
+    """The folder of a data set -> Path.  name: one of ARCHIVES, or the path of a tar or zip file,
+    either unpacked into the cache (and first downloaded) if it is not there; or of a folder."""
+    if name in ARCHIVES:
+        url, checksum = ARCHIVES[name]
+        archive = cache_dir() / url.rpartition("/")[2]
+        folder = archive.with_suffix("")
+        return folder if folder.is_dir() else unpack(fetch(url, archive, **checksum), folder)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        return path
+    if not (tarfile.is_tarfile(path) or zipfile.is_zipfile(path)):
+        raise UserError(f"--data {path}: not a folder, nor a zip or tar archive (or it is damaged)")
+    # another archive of that name, or a changed one, gets its own folder
+    mark = hashlib.sha256(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode()).hexdigest()
+    return unpack(path, cache_dir() / f"{path.stem}-{mark[:8]}")
 
 
 # ---------------------------------------------------------------- listing
@@ -58,23 +74,28 @@ HELD_OUT = 10                  # every tenth image of a class, if there is no te
 def list_folder(root, split, classes=""):
     """-> (paths, labels, class names) of one split of a folder, always in the same order.
 
-    root/train/CLASS/* with root/val/CLASS/* (or valid, validation, test), or root/CLASS/*.
-    classes: use only these, comma-separated or in a text file with one per line; they are numbered
-    in the folder's order, not in this one.
+    root/train/CLASS/* with root/val/CLASS/* (or valid, validation, test), or root/CLASS/*.  As in
+    Tiny ImageNet, the classes in val/ may be given by val/val_annotations.txt instead of folders,
+    and words for them by root/words.txt.
+    classes: use only these, a name of CLASS_LISTS, comma-separated, or in a text file with one per
+    line; they are numbered in the folder's order, not in this one.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder (and not the name of a data set: shapes, "
-                        f"{', '.join(ARCHIVES)})")
+        raise UserError(f"--data {root}: no such folder or archive (and not the name of a data "
+                        f"set: shapes, {', '.join(ARCHIVES)})")
     own = {kind: next((root / n for n in names if (root / n).is_dir()), None)
            for kind, names in SPLITS.items()}
     top, of_split, separate = own["train"] or root, own[split], all(own.values())
-    folders = _chosen(sorted(d.name for d in top.iterdir()
-                             if d.is_dir() and not d.name.startswith(".")), classes, root)
+    folders = sorted(d.name for d in top.iterdir() if d.is_dir() and not d.name.startswith("."))
+    words = _words(root, folders)
+    folders = _chosen(words, classes, root)
+    annotated = _annotated(of_split) if separate else None
     paths, labels = [], []
     for label, name in enumerate(folders):
         folder = (of_split if separate else top) / name
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()
+        found = folder.rglob("*") if annotated is None else annotated.get(name, ())
+        files = sorted(f for f in found if f.suffix.lower() in SUFFIXES and f.is_file()
                        and not f.name.startswith("."))       # macOS leaves ._NAME next to NAME
         if not files:
             raise UserError(f"{folder}: no images in this class ({', '.join(sorted(SUFFIXES))})")
@@ -85,11 +106,35 @@ def list_folder(root, split, classes=""):
             files = held if split == "test" else [f for f in files if f not in set(held)]
         paths += files
         labels += [label] * len(files)
-    return paths, labels, [printable(WORDS.get(name, name)) for name in folders]
+    return paths, labels, [printable(words[name]) for name in folders]
 
 
-def _chosen(folders, classes, root):
-    """The folders that --classes names, by their own names or those in WORDS."""
+def _annotated(folder):
+    """val_annotations.txt, a line of name, class, box for each file in images/ -> class: paths;
+    None if there is no such file."""
+    path, files = folder / "val_annotations.txt", {}
+    if not path.is_file():
+        return None
+    for line in path.read_text("utf-8", "replace").splitlines():
+        name, _, rest = line.partition("\t")
+        files.setdefault(rest.partition("\t")[0], []).append(folder / "images" / name)
+    return files
+
+
+def _words(root, folders):
+    """Folder names -> {name: the class in a word}, from WORDS or root/words.txt (lines of name,
+    synonyms); the name itself if neither has it."""
+    path, words = root / "words.txt", {}
+    if path.is_file():
+        for line in path.read_text("utf-8", "replace").splitlines():
+            name, _, synonyms = line.partition("\t")
+            words[name] = synonyms.partition(",")[0].strip()
+    return {name: WORDS.get(name) or words.get(name) or name for name in folders}
+
+
+def _chosen(words, classes, root):
+    """The folders that --classes names, by their own names or in the words of `_words`."""
+    folders = [*words]
     if not folders:
         raise UserError(f"--data {root}: has no subfolders; it needs one per class")
     same = [_same(name) for name in folders]
@@ -99,9 +144,10 @@ def _chosen(folders, classes, root):
     if not classes:
         return folders
     path = Path(classes).expanduser()
-    listed = (path.read_text("utf-8-sig", "replace").splitlines()
-              if "," not in classes and path.is_file() else classes.split(","))
-    known = {_same(word): name for name in folders for word in (WORDS.get(name, name), name)}
+    listed = CLASS_LISTS.get(classes) or (
+        path.read_text("utf-8-sig", "replace").splitlines()
+        if "," not in classes and path.is_file() else classes.split(","))
+    known = {_same(word): name for name in folders for word in (words[name], name)}
     chosen = set()
     for name in filter(None, map(str.strip, listed)):
         if _same(name) not in known:
@@ -128,18 +174,18 @@ def printable(name):
 
 # what the bytes may be, whatever the suffix says; not EPS, which would be run as a program
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
-MOST_PIXELS = 90_000_000       # per image; more is a mistake, or a decompression bomb
+MOST_PIXELS = 120_000_000      # per image; more is a mistake, or a decompression bomb
 
 
 def decode(path, size):
     """An image file -> uint8 (3, size, size) RGB; OSError or ValueError if it cannot be read.
 
-    ADM's center crop: halve with a box filter while at least twice too large, resize
-    bicubically, crop.  Rotated as its EXIF says; transparency over white; the first frame of an
-    animation; 16-bit gray and floats are scaled to 8 bits.
+    ADM's center crop, to the last value: halve with a box filter while at least twice too large,
+    resize bicubically, crop.  Rotated as its EXIF says; transparency over white; the first frame
+    of an animation; 16-bit gray and floats are scaled to 8 bits.
     """
     with Image.open(path, formats=FORMATS) as image:
-        image.draft("RGB", (2 * size, 2 * size))             # a JPEG can be decoded smaller
+        # no image.draft(): it decodes a JPEG smaller and faster, but to other values
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
         image.load()

@@ -1,5 +1,5 @@
 """Tests of the plumbing: flags, files, downloads, archives, photographs, weights, drawing."""
-import gzip, hashlib, io, json, lzma, os, re, struct, sys, tarfile, types, zlib
+import gzip, hashlib, io, json, lzma, os, re, stat, struct, sys, tarfile, types, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
-import ae, dino, dit, sample
+import ae, data, dino, dit, sample
 from dino import DINOv3, ViTConfig, load_dino
 from lab import edit
 from plumbing import config, draw, fetch, lpips, muon, photos, weights
@@ -94,6 +94,21 @@ def test_a_loop_ends_where_it_should_and_saves_when_it_should(capsys):
         for step in loop:
             loop.log(torch.tensor([0.0, float("nan") if step == 2 else 0.0]))
     assert saved == [4, 8]                               # a bad state is never saved
+
+
+def test_a_long_run_says_once_how_long_it_will_take(capsys, monkeypatch):
+    class Settings:
+        steps, save_every, lr, warmup, decay = 100, 1000, 1.0, 2, False
+    optimizer, now = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0), [0.0]
+    monkeypatch.setattr(config.time, "time", lambda: now[0])
+
+    def told(start, seconds):
+        for step in config.Loop("x", Settings, optimizer, "x.pt", None, start):
+            now[0] += 90 if step == start else seconds             # the first step compiles
+        return capsys.readouterr().out
+    assert told(0, 3) == "x: about 4 min for 79 more steps, 3 s each\n"
+    assert told(30, 4) == "x: about 3 min for 49 more steps, 4 s each\n"
+    assert told(0, 0.1) == told(85, 60) == ""                      # short, or soon over
 
 
 # ---------------------------------------------------------------- fetch.py
@@ -215,6 +230,39 @@ def test_an_archive_is_unpacked_completely_inside_its_folder_or_not_at_all(tmp_p
     assert left(fetch.unpack(path, tmp_path / "out2")) == ["a", "b"]
 
 
+def zipped(path, *members):
+    """members: (name, bytes), or (name, the type of a file in stat's bits)"""
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in members:
+            info = zipfile.ZipInfo(name)
+            info.compress_type = zipfile.ZIP_DEFLATED * (".JPEG" not in name)
+            if isinstance(content, int):
+                info.external_attr, content = (content | 0o600) << 16, b"a"
+            file.writestr(info, content)
+    return path.read_bytes()
+
+
+def test_a_zip_file_is_unpacked_with_the_same_care(tmp_path):
+    path, out, good = tmp_path / "x.zip", tmp_path / "out", ("top/a", b"hello")
+    whole = zipped(path, good, ("top/b/", b""), ("top/b/c", b"xx" * 50))
+    lies = zipped(path, good, ("big", b"0" * 50_000))
+    lies = lies.replace(struct.pack("<I", 50_000), struct.pack("<I", 10))     # its stated size
+    for word, bad in [("damaged", whole[:-20]), ("damaged", whole[:4]), ("damaged", lies),
+                      ("damaged", zipped(path, ("a.JPEG", b"hello")).replace(b"hello", b"help!"))
+                      ] + [
+            (word, zipped(path, good, bad)) for word, bad in [
+                ("outside", ("../evil", b"xx")), ("outside", ("/tmp/evil", b"xx")),
+                ("outside", ("a/../../b", b"xx")), ("outside", ("..\\evil", b"xx")),
+                ("link", ("l", stat.S_IFLNK)), ("device", ("d", stat.S_IFCHR)),
+                ("device", ("d", stat.S_IFIFO)), ("than 9,000", ("big", b"0" * 9000))]]:
+        path.write_bytes(bad)
+        refuses(str(path), word, call=fetch.unpack, archive=path, folder=out, most_bytes=9000)
+        assert left(tmp_path) == ["x.zip"]
+    path.write_bytes(whole)
+    assert fetch.unpack(path, out) == out and left(tmp_path) == ["out", "x.zip"]
+    assert (out / "a").read_bytes() == b"hello" and (out / "b/c").read_bytes() == b"xx" * 50
+
+
 def test_a_lock_that_does_not_wait(tmp_path):
     with fetch.file_lock(tmp_path / "a") as first:
         assert first
@@ -246,7 +294,7 @@ def decoded(root, out, split="train", classes=""):
 def test_an_archive_end_to_end(name, serve, tmp_path, monkeypatch):
     url, sums = photos.ARCHIVES[name]
     stem, kind = url.rpartition("/")[2], [*sums][0]
-    ids = [*photos.WORDS][:10:9] if name == "imagenette" else [*photos.WORDS][10::9]
+    ids = [*photos.WORDS][:10:9] if name == "imagenette" else [*photos.WORDS][10:20:9]
     words = [photos.WORDS[i] for i in ids]
     members = [(f"{stem[:-4]}/{split}/{folder}/{i}.JPEG", jpeg(40 * i)) for split, n in
                (("train", 3), ("val", 2)) for folder in ids for i in range(n)]
@@ -263,6 +311,60 @@ def test_an_archive_end_to_end(name, serve, tmp_path, monkeypatch):
         paths, y, chosen = photos.list_folder(photos.find_folder(name), "train", classes)
         assert len(paths) == 3 and y == [0] * 3 and chosen == words[1:]
     assert len(server.log) == 2
+
+
+def tiny_imagenet(path):
+    """A small archive in the layout of Tiny ImageNet: ladybug, pizza, and `hand saw` by words.txt;
+    three training images of each, two for validation, in any order."""
+    ids, top = ("n02165456", "n07873807", "n03481172"), "tiny-imagenet-200/"
+    train = [(f"{top}train/{k}/images/{k}_{i}.JPEG", jpeg(40 * i + 20 * ids.index(k)))
+             for k in ids for i in range(3)]
+    lines = [f"val_{i}.JPEG\t{ids[-i % 3]}\t0\t32\t44\t62\n" for i in range(6)]
+    return zipped(
+        path, *train, (f"{top}train/{ids[0]}/{ids[0]}_boxes.txt", b"n_0.JPEG\t0\t0\t62\t62"),
+        (f"{top}val/val_annotations.txt", "".join(lines).encode()),
+        *((f"{top}val/images/val_{i}.JPEG", jpeg(20 * (-i % 3))) for i in range(6)),
+        *((f"{top}test/images/test_{i}.JPEG", jpeg(0)) for i in range(6)),
+        (f"{top}words.txt", b"n01440764\ttench\nn02165456\tno\nn03481172\thand saw, handsaw\n"))
+
+
+def test_tiny_imagenet_end_to_end(serve, tmp_path, monkeypatch):
+    body, name = tiny_imagenet(tmp_path / "own.zip"), "tiny-imagenet"
+    url, sums = photos.ARCHIVES[name]
+    server = serve(**{url.rpartition("/")[2]: body})
+    url = server.url + url[url.rindex("/"):]
+    monkeypatch.setitem(photos.ARCHIVES, name, (url, sums))
+    refuses("bytes, not 248,100,043", call=photos.find_folder, name=name)     # the real one's
+    monkeypatch.setitem(photos.ARCHIVES, name, (
+        url, dict(size=len(body), md5=hashlib.md5(body).hexdigest())))
+    for source in name, tmp_path / "own.zip":                     # fetched, or without a network
+        (x, y, names), (xt, yt, _) = (decoded(source, tmp_path, s) for s in ("train", "test"))
+        assert names == ["ladybug", "hand saw", "pizza"] and y == [0] * 3 + [1] * 3 + [2] * 3
+        assert abs(int(x[1].max()) - 40) < 3 and yt == [0, 0, 1, 1, 2, 2]
+        assert np.abs(xt.mean((1, 2, 3)) - [0, 0, 40, 40, 20, 20]).max() < 3
+    root = photos.find_folder(name)
+    list_of = lambda classes: photos.list_folder(root, "test", classes)[1:]
+    assert list_of("Hand Saw,n07873807") == ([0, 0, 1, 1], ["hand saw", "pizza"])
+    monkeypatch.setitem(photos.CLASS_LISTS, "two", ("n07873807", "n02165456"))
+    assert list_of("two")[1] == ["ladybug", "pizza"] and len(photos.CLASS_LISTS["easy-ten"]) == 10
+    refuses("no class 'n01443537'", call=list_of, classes="easy-ten")
+    (root / "val/val_annotations.txt").write_text("val_0.JPEG\tn02165456\n")
+    refuses("n03481172: no images in this class", call=list_of, classes="")
+    assert len(server.log) == 2 and len(left(tmp_path / "cache")) == 3        # with own.zip's
+
+
+def test_a_path_that_is_no_archive_or_another_one(tmp_path, monkeypatch):
+    path = tmp_path / "x.zip"
+    monkeypatch.setenv("NOVAE_CACHE", str(tmp_path / "cache"))
+    for body in b"", jpeg(0), tiny_imagenet(path)[:-30]:
+        path.write_bytes(body)
+        refuses(str(path), "nor a zip or tar archive", call=photos.find_folder, name=str(path))
+    folders = set()
+    for i in range(2):                                            # of one name, tar this time
+        tgz(path, ("top/a", b"%d " % i), ("top/b", b"xx"))
+        os.utime(path, (i, i))
+        folders |= {photos.find_folder(str(path)), photos.find_folder(str(path))}
+    assert len(folders) == 2 and {(f / "a").read_bytes() for f in folders} == {b"0 ", b"1 "}
 
 
 def test_some_of_a_folders_classes(tmp_path):
@@ -320,6 +422,27 @@ def test_odd_images_become_what_a_person_expects(tmp_path):
     assert left_half.mean() > 250                                 # the black half is on the right
 
 
+def adms_crop(image, size):
+    """The function `center_crop_arr` of ADM's repository, from its description."""
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.BOX)
+    scale = size / min(*image.size)
+    array = np.array(image.resize(tuple(round(x * scale) for x in image.size), Image.BICUBIC))
+    y, x = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[y:y + size, x:x + size].transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("width, height", [(517, 389), (256, 260), (64, 64), (50, 33), (130, 999)])
+def test_decoding_is_adms_crop_to_the_last_value(width, height, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3))
+    image = Image.fromarray(noise.astype(np.uint8)).resize((width, height), Image.BICUBIC)
+    for quality, mode in (95, "RGB"), (60, "L"), (80, "CMYK"):
+        image.convert(mode).save(tmp_path / "x.jpg", quality=quality)
+        with Image.open(tmp_path / "x.jpg") as stored:
+            expected = adms_crop(stored.convert("RGB"), 64)
+        assert (photos.decode(tmp_path / "x.jpg", 64) == expected).all()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_images_that_would_hurt(tmp_path):
     path = tmp_path / "bomb.png"
@@ -352,6 +475,71 @@ def test_unreadable_images_are_named_and_more_than_one_percent_stop(tmp_path, ca
     (b / "0.png").touch(), (b / "1.png").touch()                  # all that one class has is bad
     refuses("no image of b", call=decoded, root=a.parent, out=tmp_path)
     assert left(tmp_path) == ["images.npy", "root"]
+
+
+# ---------------------------------------------------------------- parts of a sorted folder
+
+
+class Gray(nn.Module):
+    """An autoencoder whose latent is the gray level of an image."""
+    latent_dim = 1
+    config = types.SimpleNamespace(data="sorted", size=16, classes="", images=0)
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.std = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+
+    def tokens(self, x):
+        return x.mean((1, 2, 3)).view(-1, 1, 1), 0
+
+    def encode(self, x):
+        return x
+
+    decode = encode
+
+
+def sorted_images(*_, **__):
+    """As `load_images`: 7,500 images, the first third black, the second gray, the last white."""
+    labels = torch.arange(3).repeat_interleave(2500)
+    shades = np.array([0, 128, 255], np.uint8)[labels.numpy()][:, None, None, None]
+    return np.broadcast_to(shades, (7500, 3, 16, 16)), labels, ["black", "gray", "white"]
+
+
+def test_every_part_of_a_sorted_folder_has_every_class(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ae, "load_images", sorted_images)
+    for score in "psnr", "ssim":                         # the mean says what is scored
+        monkeypatch.setattr(ae, score, lambda x, y: x.mean((1, 2, 3)))
+    _, images, names = ae.feed(ae.Config(images=30), "cpu")
+    assert np.bincount(images[:, 0, 0, 0])[[0, 128, 255]].tolist() == [10] * 3 and len(names) == 3
+    model, c = Gray(), ae.Config(out=str(tmp_path))
+    model.config.images = 31
+    assert ae.load_pictures(model)[1].bincount().tolist() == [11, 10, 10]
+    options = dict(autocast=lambda: torch.autocast("cpu", enabled=False), device="cpu")
+    ae.measure_statistics(model, sorted_images()[0], **options, most=300)
+    assert abs(model.mean.item() - 1 / 765) < 1e-5 and abs(model.std.item() - (2 / 3) ** 0.5) < 1e-3
+    ae.evaluate(c, model, **options)
+    shown = capsys.readouterr().out
+    assert abs(float(re.search(r"psnr_db: (.*)", shown)[1])) < 0.01           # of -1, 0 and 1
+    sheet = np.asarray(Image.open(tmp_path / "reconstructions.png"))
+    middles = sheet[32::64, 32::64, 0].flatten()         # of its 64 pairs
+    assert np.bincount(middles)[[0, 128, 255]].tolist() == [44, 42, 42] and "wrote" in shown
+
+
+def test_a_sweep_without_scores_says_so(tmp_path, capsys):
+    blank = lambda labels, steps: (torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8), 0, 0)
+    sample.sweep(sample.Config(out=str(tmp_path), sweep=(1, 2)), blank, [0, 1], None)
+    assert "no sweep.tsv" in capsys.readouterr().out and left(tmp_path) == ["sweep.png"]
+
+
+def test_small_data_sets_are_warned_of_in_one_line(capsys):
+    warned = lambda *a: data.warn_of_few(*a) or capsys.readouterr().out
+    labels = torch.tensor([0] * 19 + [1] * 20)
+    assert warned(labels, ["cats", "dogs"], 39) == (
+        "warning: 1 of 2 classes have fewer than 20 images: cats (19); the models will memorize "
+        "them\n")
+    assert "39 images are fewer than --batch 40; 1 of 2" in warned(labels, ["cats", "dogs"], 40)
+    assert warned(labels[19:], ["cats", "dogs"], 20).count("cats (0)") == 1
+    assert warned(labels.repeat(2), ["cats", "dogs"], 39) == ""
 
 
 NAMES = """cls_token embeddings.cls_token cls_token
