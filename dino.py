@@ -38,6 +38,7 @@ class ViTConfig:
     patch: int = 16
     registers: int = 4
     stem: int = 0                         # width of a convolutional stem; 0: one linear patch map
+    stem_norm: bool = False               # group norms in the stem, and two more convolutions
     mean: tuple = (0.485, 0.456, 0.406)   # of ImageNet, for the LVD-1689M weights
     std: tuple = (0.229, 0.224, 0.225)
 
@@ -171,18 +172,20 @@ class PatchEmbed(nn.Module):
     """Pixels (B, 3, H, W) -> tokens (B, N, D): one convolution, patch by patch.
 
     With `stem`, stride-2 convolutions that end on the same grid, which suit a small model trained
-    on few images better.
+    on few images better; on few photographs, group norms between them (`stem_norm`) help most.
     """
 
     def __init__(self, c):
         super().__init__()
-        stride, width, layers = c.patch, 3, []
-        while c.stem and stride > 2:
-            wider = c.stem if width == 3 else 2 * width
-            layers += [nn.Conv2d(width, wider, 3, 2, 1), nn.GELU()]
-            width, stride = wider, stride // 2
-        self.stem = nn.Sequential(*layers)
-        self.proj = nn.Conv2d(width, c.dim, stride, stride)
+        strides = [2] * (c.patch.bit_length() - 2) + [1, 1] * c.stem_norm if c.stem else []
+        width, layers = 3, []
+        for stride in strides:
+            wider = c.stem if width == 3 else stride * width
+            norm = [nn.GroupNorm(8, wider)] if c.stem_norm else []
+            layers += [nn.Conv2d(width, wider, 3, stride, 1), *norm, nn.GELU()]
+            width = wider
+        self.stem, side = nn.Sequential(*layers), c.patch // math.prod(strides)
+        self.proj = nn.Conv2d(width, c.dim, side, side)
 
     def forward(self, x):
         return self.proj(self.stem(x)).flatten(2).transpose(1, 2)

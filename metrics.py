@@ -1,11 +1,11 @@
-"""Metrics, as pure functions of tensors, and the rulers that score samples of `shapes`.
+"""Metrics, as pure functions of tensors, and the rulers that score samples.
 
 Images against images: `psnr`, `ssim`.  Sets of features against each other: `frechet`, `kid`,
 `energy_distance`, `precision_recall`.  Features against labels: `knn`, `linear_probe`.  They use no
 randomness, compute in float64 even under autocast, and raise ValueError for wrong
 shapes or dtypes, NaN, or fewer rows than the formula needs.
 
-`Rulers` scores generated `shapes` by features that share nothing with the encoder, so the model
+`Rulers` scores generated images by features that share nothing with the encoder, so the model
 under test cannot influence its own score.  The paper's FID and rFID (Tables 1 and 3) are `frechet`
 on Inception features; ours are on other features, so our numbers are comparable with each other but
 not with the paper's.
@@ -235,22 +235,26 @@ def linear_classes(train_x, train_y, test_x):
 
 # ---------------------------------------------------------------- features of images
 
-JUDGE = Path(__file__).resolve().parent / "weights" / "judge.pt"
+JUDGE = Path(__file__).resolve().parent / "weights" / "judge.pt"             # of `shapes`
+PREDICTOR = JUDGE.with_name("factors.pt")
 
 
 class Judge(nn.Module):
-    """A plain CNN that classifies shapes: three stages of two convolutions, the second of stride 2.
+    """A plain CNN that classifies images: three stages of two convolutions, the second of stride 2;
+    from 64 px on a fourth stage, and so on.
 
-    width: channels of the first stage, d = 4 * width features; size: side of the training images;
-    outputs: the classes, and after them the factors that weights/factors.pt predicts.
-    Images (B, 3, H, W) in [-1, 1] -> logits (B, outputs).  Images of another size are resized to
-    the training images': `shapes` looks the same at every size.
+    width: channels of the first stage, twice as many in each further one, d in the last; size: side
+    of the training images; outputs: the classes, and after them the factors that weights/factors.pt
+    predicts.  Images (B, 3, H, W) in [-1, 1] -> logits (B, outputs).  Images of another size are
+    resized to the training images': `shapes` looks the same at every size.
+
+    Attribute: class_names.
     """
 
     def __init__(self, width=24, size=32, outputs=len(SHAPE_NAMES)):
         super().__init__()
-        layers, last = [], 3
-        for wide in (width, 2 * width, 4 * width):
+        layers, last, self.class_names = [], 3, list(SHAPE_NAMES)
+        for wide in (width << stage for stage in range(max(3, size.bit_length() - 3))):
             for stride in (1, 2):
                 layers += [nn.Conv2d(last, wide, 3, stride, 1, bias=False), nn.BatchNorm2d(wide),
                            nn.ReLU()]
@@ -273,7 +277,19 @@ def load_judge(path=JUDGE, device="cpu"):
     weights, c = checkpoint["model"], checkpoint["config"]      # in half precision on disk
     judge = Judge(c["width"], c["size"], len(weights["head.bias"]))
     judge.load_state_dict(weights)
+    judge.class_names = checkpoint.get("class_names", judge.class_names)
     return judge.eval().requires_grad_(False).to(device)
+
+
+def find_judge(class_names, *folders):
+    """-> the Path of the first judge*.pt in the folders, then in weights/, that knows exactly these
+    classes; None if there is none."""
+    for folder in (*folders, JUDGE.parent):
+        for path in sorted(Path(folder).glob("judge*.pt")):
+            unfinished = path.stem.endswith("_train")
+            if not unfinished and load_judge(path).class_names == list(class_names):
+                return path
+    return None
 
 
 @torch.no_grad()
@@ -294,7 +310,7 @@ def judge_images(judge, images, batch=100):
     both = lambda x: torch.cat([f := judge.features(x), judge.head(f)], 1)
     found = extract(both, images, judge.head.weight.device, batch)
     features, logits = found.tensor_split([judge.head.in_features], 1)
-    return features, logits[:, :len(SHAPE_NAMES)].argmax(1)
+    return features, logits[:, :len(judge.class_names)].argmax(1)
 
 
 def random_features(images):
@@ -315,7 +331,7 @@ def color_grid(images):
 
 
 class Rulers:
-    """Scores generated shapes against `real` ones, uint8 (m, 3, H, W), m >= n.
+    """Scores generated images against `real` ones, uint8 (m, 3, H, W), m >= n, in random order.
 
     (uint8 images (n, 3, H, W), the requested classes (n,)) -> dict of n and
     accuracy: the fraction that the judge recognizes as the requested class;
@@ -324,12 +340,14 @@ class Rulers:
     divided by their standard deviations on `real`, and `color_grid`;
     precision, recall, kid: in the same random features, against the first n of `real`.
 
-    Compare each with its floor, the score of real images at equal n.
+    Compare each with its floor, the score of real images at equal n.  judge, predictor: files of
+    the two trained networks, by default those of `shapes`; None: without their scores.
     """
 
-    def __init__(self, real, device="cpu"):
-        self.device, self.judge = device, load_judge(device=device)
-        self.predictor = load_judge(JUDGE.with_name("factors.pt"), device)
+    def __init__(self, real, device="cpu", judge=JUDGE, predictor=PREDICTOR):
+        self.device = device
+        self.judge, self.predictor = (path and load_judge(path, device)
+                                      for path in (judge, predictor))
         self.mean, self.std = 0, 1
         self.real, _ = self.features(real)
         self.std, self.mean = torch.std_mean(self.real["conv"], 0)
@@ -337,17 +355,22 @@ class Rulers:
 
     def features(self, images):
         """-> dict from the name of a distance to features (n, d), the judge's classes (n,)"""
-        features, classes = judge_images(self.judge, images)
+        found, classes = {}, None
+        if self.judge:
+            found["frechet"], classes = judge_images(self.judge, images)
+        if self.predictor:
+            found["factors"] = extract(self.predictor.features, images, self.device)
         conv = extract(random_features, images, self.device)
-        return dict(frechet=features, factors=extract(self.predictor.features, images, self.device),
-                    conv=(conv - self.mean) / self.std,
+        return dict(found, conv=(conv - self.mean) / self.std,
                     color=extract(color_grid, images, self.device)), classes
 
     def __call__(self, images, labels):
         features, classes = self.features(images)
-        right = classes == _labels(labels, classes)
-        row = dict(n=len(right), accuracy=right.double().mean().item())
+        row = dict(n=len(images))
+        if self.judge:
+            right = classes == _labels(labels, classes)
+            row["accuracy"] = right.double().mean().item()
         row.update({name: frechet(x, self.real[name]) for name, x in features.items()})
-        real, fake = self.real["conv"][:len(right)], features["conv"]
+        real, fake = self.real["conv"][:len(images)], features["conv"]
         precision, recall = precision_recall(real, fake)
         return dict(row, precision=precision, recall=recall, kid=kid(real, fake))

@@ -7,13 +7,14 @@
 
 Reads out/<preset>/dit.pt and its autoencoder; writes samples.png (another setting's is named by
 what differs, such as samples-scale1.png), sweep.png and sweep.tsv (the paper's Figure 8a and Table
-2a), trajectory.gif and samples.npz to the same folder.  Samples of `shapes` are scored by the
-rulers of metrics.py, which share nothing with the encoder.  NFE is the number of model evaluations
-per sample: one for each step, two with guidance.
+2a), trajectory.gif and samples.npz to the same folder.  Samples are scored by the rulers of
+metrics.py, which share nothing with the encoder; those that know classes need a judge of these
+classes, judge*.pt in the same folder or in weights/ (`python -m lab.judge`).  NFE is the number of
+model evaluations per sample: one for each step, two with guidance.
 
 For editing and interpolation see `python -m lab.edit --help`.
 """
-import re, time
+import re, shlex, time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,10 @@ import numpy as np
 import torch
 
 from ae import load_ae
-from data import load_images, to_float, to_uint8
+from data import evenly, load_images, to_float, to_uint8
 from dit import check_pair, check_shift, load_dit, resolve_shift
 from flow import ab2, euler, guided, heun
-from metrics import Rulers
+from metrics import JUDGE, PREDICTOR, Rulers, find_judge
 from plumbing import config
 from plumbing.config import UserError, field, require
 from plumbing.draw import grid_image, save_gif, save_grid
@@ -51,7 +52,8 @@ class Config:
     seed: int = field(0, "seed of the noise; the noise is the same for any number of steps")
     classes: str = field("", "comma-separated names or numbers; empty: all, ten at most")
     columns: int = field(16, "images per class in the grid")
-    n: int = field(1000, "samples to score (shapes only); 0: none", also=["samples"])
+    n: int = field(1000, "samples to score; of photographs at most as many as are held out; 0: "
+                   "none", also=["samples"])
     sweep: tuple = field((), "numbers of steps to compare: a grid and a table")
     gif: bool = field(False, "write the trajectories as an animation")
     npz: int = field(0, "write this many samples, balanced over the classes, to samples.npz")
@@ -197,26 +199,71 @@ SCORES = dict(accuracy="accuracy", frechet="frechet", factors="factors_frechet",
 
 
 class Scorer(Rulers):
-    """Scores samples of `shapes`, (uint8 (n, 3, S, S), labels (n,)), against 5,000 training
-    images, and measures the floors."""
+    """Scores samples, (uint8 (n, 3, S, S), labels (n,)), against 5,000 training images of the
+    autoencoder's data set, and measures the floors.
 
-    def __init__(self, ae, device="cpu", precision="auto"):
-        # the classes of shapes are in random order, so that the first images are a fair part
-        train, _, _ = load_images("shapes", ae.image_size)
-        super().__init__(torch.from_numpy(train[:5000].copy()), device)
+    folder: where a judge of its classes may be, besides weights/; without one there is no accuracy
+    and no frechet.  UserError: the data set is not there.
+    """
+
+    def __init__(self, ae, device="cpu", precision="auto", folder="."):
+        self.ae, self.drawn = ae, ae.config.data in ("shapes", "shapes-color")
+        judge = JUDGE if ae.config.data == "shapes" else find_judge(ae.class_names, folder)
+        super().__init__(self.real_images("train", 5000)[0], device, judge,
+                         PREDICTOR if self.drawn else None)
         _, self.autocast = config.setup(device, precision=precision)
-        self.ae = ae
+
+    def real_images(self, split, n):
+        """-> uint8 (n, 3, S, S), or all if there are fewer, in random order, and their labels."""
+        c = self.ae.config
+        images, labels, _ = load_images(c.data, self.ae.image_size, split, classes=c.classes)
+        rows = torch.arange(len(labels))[:n]                        # `shapes` are in random order
+        if not self.drawn:                                          # a folder is sorted by class
+            rows = evenly(len(labels), n)
+            rows = rows[torch.randperm(len(rows), generator=config.generator(0))]
+        return torch.from_numpy(images[rows.numpy()]), labels[rows]
 
     def floors(self, n):
         """What perfect samples would score: n held-out images -> their scores after a pass through
         the autoencoder, and without it."""
-        held, labels, _ = load_images("shapes", self.ae.image_size, "test")
-        held, labels = held[:n], labels[:n]
+        held, labels = self.real_images("test", n)
         with self.autocast():
             decoded = torch.cat([to_uint8(self.ae.decode(self.ae.encode(
                 to_float(held, slice(i, i + 250), None, self.device))))
                 for i in range(0, len(held), 250)])
-        return self(decoded, labels), self(torch.from_numpy(held.copy()), labels)
+        return self(decoded, labels), self(held, labels)
+
+
+FEWEST = 50                    # held-out images: the distances of fewer say little
+
+
+def choose_scorer(c, ae, device):
+    """-> a Scorer, or None if nothing can be scored; prints what is not scored and why.  Lowers
+    --n to the number of held-out photographs: scores are comparable only at equal n."""
+    if not c.n:
+        return print("nothing is scored: --n is 0")
+    try:
+        scorer = Scorer(ae, device, c.precision, c.out)
+        if ae.config.data == "shapes":
+            return scorer
+        held = len(load_images(ae.config.data, ae.image_size, "test", classes=ae.config.classes)[1])
+    except UserError as error:                              # the folder of images is gone
+        return print(f"nothing is scored: {error}")
+    if held < FEWEST:
+        return print(f"nothing is scored: {held} held-out images are too few")
+    missing = [] if scorer.predictor else ["factors, known only of shapes"]
+    if not scorer.judge:
+        chosen = ["--classes", ae.config.classes] if ae.config.classes else []
+        command = shlex.join(["python", "-m", "lab.judge", "--data", ae.config.data, *chosen,
+                              "--size", str(ae.image_size), "--out", c.out])
+        missing.append(f"accuracy and frechet: no judge*.pt in {c.out} or weights/ knows these "
+                       f"classes; `{command}` trains one")
+    if missing:
+        print("not scored: " + "; ".join(missing))
+    if held < c.n:
+        print(f"--n {c.n}: {held} instead, as many as there are held-out images")
+        c.n = held
+    return scorer
 
 # ---------------------------------------------------------------- the command
 
@@ -250,12 +297,9 @@ def show(c, draw, ae, classes, device):
     save_grid(path, images, c.columns)
     print(f"wrote {path}: one row per class: "
           + ", ".join(ae.class_names[k] for k in classes) + f"\nnfe: {nfe:g}")
-    scorer = (Scorer(ae, device, c.precision) if c.n and ae.config.data == "shapes" else None)
+    scorer = choose_scorer(c, ae, device)
     if scorer:
         print_scores(c, draw, classes, scorer)
-    else:
-        print("nothing is scored: " + (f"the judge knows only shapes, not {ae.config.data}"
-                                       if c.n else "--n is 0"))
     if c.sweep:
         sweep(c, draw, classes, scorer)
 
@@ -266,9 +310,9 @@ def print_scores(c, draw, classes, scorer):
     images, seconds, _ = draw(labels)
     print(f"n: {c.n}\nsamples_per_second: {c.n / seconds:.0f}")
     rows = scorer(images, labels), *scorer.floors(c.n)
-    for key, shown in SCORES.items():
+    for key in filter(rows[0].__contains__, SCORES):
         for name, row in zip(("sample", "decoded_real", "real"), rows):
-            print(f"{name}_{shown}: {row[key]:.3f}")
+            print(f"{name}_{SCORES[key]}: {row[key]:.3f}")
 
 
 def sweep(c, draw, classes, scorer):
@@ -282,16 +326,17 @@ def sweep(c, draw, classes, scorer):
     if not scorer:
         print("no sweep.tsv, because nothing is scored")
         return
-    labels = balanced_labels(classes, c.n)
-    lines = ["steps\tscale\tnfe\taccuracy\tfrechet\tconv\trecall\tn\tseed\tshift"]
+    labels, lines = balanced_labels(classes, c.n), []
     for steps in c.sweep:
         for scale in dict.fromkeys((1.0, c.scale)):
             images, _, nfe = draw(labels, steps=steps, scale=scale)
             row = scorer(images, labels)
-            shown = "\t".join(f"{row[k]:.4f}" for k in ("accuracy", "frechet", "conv", "recall"))
-            lines.append(f"{steps}\t{scale:g}\t{nfe:g}\t{shown}\t{c.n}\t{c.seed}\t"
+            shown = [k for k in ("accuracy", "frechet", "conv", "recall") if k in row]
+            found = "\t".join(f"{row[k]:.4f}" for k in shown)
+            lines.append(f"{steps}\t{scale:g}\t{nfe:g}\t{found}\t{c.n}\t{c.seed}\t"
                          f"{draw.keywords['shift']:g}")
-    text = "\n".join(lines) + "\n"
+    header = "\t".join(["steps", "scale", "nfe", *shown, "n", "seed", "shift"])
+    text = "\n".join([header, *lines]) + "\n"
     config.atomic(out / "sweep.tsv", lambda path: Path(path).write_text(text))
     print(f"wrote {out / 'sweep.tsv'}:\n{text.expandtabs(10)}", end="")
 

@@ -1175,13 +1175,13 @@ def test_nfe_is_counted(work):
         assert f"\nnfe: {nfe}\n" in result.stdout and "nothing is scored" in result.stdout
 
 
-def test_without_a_judge_it_says_why_nothing_is_scored(work, monkeypatch):
+def test_without_its_images_it_says_why_nothing_is_scored(work, monkeypatch):
     model, encoder = sample.load(work / "out" / "debug", "cpu")
-    encoder.config = SimpleNamespace(data="photos")
+    encoder.config = SimpleNamespace(data="photos", classes="")
     monkeypatch.setattr(sample, "load", lambda out, device: (model, encoder))
     result = call(sample, "--preset", "debug", "--n", 5, "--classes", "1", cwd=work)
     lines = [s for s in result.stdout.splitlines() if "nothing is scored" in s]
-    assert len(lines) == 1 and "only shapes" in lines[0] and "photos" in lines[0]
+    assert len(lines) == 1 and "photos: no such folder" in lines[0]
     assert "accuracy" not in result.stdout
 
 

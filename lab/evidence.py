@@ -372,7 +372,7 @@ def stage2(c, latent, kind, seed):
 @functools.cache
 def scorer():
     """The rulers and their view of the real images, once per process."""
-    return sample.Scorer(SimpleNamespace(image_size=32), "cpu")
+    return sample.Scorer(SimpleNamespace(config=ae.Config(), image_size=32), "cpu")
 
 
 def color_classes(images):

@@ -1,7 +1,8 @@
-"""Pretraining of the tiny encoder: self-supervised contrastive learning on unlabeled shapes.
+"""Pretraining of the small encoders: self-supervised contrastive learning on unlabeled images.
 
 Two random views of an image must recognize each other among the views of all images in the batch
-(SimCLR, arXiv 2002.05709).  Writes dino_tiny.pt, which `--encoder tiny` of ae.py loads.
+(SimCLR, arXiv 2002.05709).  Writes dino_tiny.pt, which `--encoder tiny` of ae.py loads; with
+--data, from photographs, dino_photos.pt.  A file tells how it was made and what it knows.
 
 With --target the same encoder is trained with supervision instead, to know one thing: the class of
 an image (shape), or the colors of background and object (color), a nuisance for the class.
@@ -11,6 +12,9 @@ an image (shape), or the colors of background and object (color), a nuisance for
     python -m lab.pretrain --target color --batch 128 --steps 2000 --out out/color
                                                    # 3 min each of one core, 1 of them to draw
     python -m lab.pretrain --preset debug          # the same path in seconds, to out/debug
+    python -m lab.pretrain --preset photos --data ~/photos --out out/photos       # not run
+    python -m lab.pretrain --preset photos --data ~/photos --measure tiny
+                                # what another encoder knows of the same photographs
     python -m lab.pretrain --check vits16plus 000000039769.jpg
                                 # compares a published encoder with known values, on a COCO image
 
@@ -29,10 +33,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from data import FACTORS, SHAPE_NAMES, shapes, to_float
+from data import FACTORS, SHAPE_NAMES, evenly, load_images, shapes, to_float
 from dino import DINOv3, ViTConfig, load_dino
 from metrics import knn, linear_probe
-from plumbing import config
+from plumbing import config, muon
 from plumbing.config import UserError, field, require
 from plumbing.weights import TINY
 
@@ -42,56 +46,95 @@ LABELED = dict(shape=len(SHAPE_NAMES), color=6)
 
 @dataclass
 class Config:
-    """Pretraining of the tiny encoder; labels train only a --target other than views."""
+    """Pretraining of an encoder; labels train only a --target other than views."""
     preset: str = field("tiny", "a named set of the options below")
-    out: str = field("", "folder of dino_tiny.pt; weights/ for the preset tiny if empty")
+    out: str = field("", "folder of the result; weights/ for the presets tiny and photos if empty")
+    data: str = field("shapes", "shapes, or photographs: a folder or the name of a data set")
+    classes: str = field("", "of photographs: only these classes")
+    probe: str = field("", "of photographs: the classes that test the encoder; empty: --classes")
+    measure: str = field("", "only test this encoder (tiny, a DINOv3 name, or a file) on --data")
+    note: str = field("", "a sentence for the file, such as the license of the images")
     size: int = field(32, "side of an image in pixels; a multiple of the patch")
     patch: int = field(8, "side of a patch in pixels")
     dim: int = field(96, "width; heads are 32 wide")
     depth: int = field(4, "blocks")
     stem: int = field(32, "width of the convolutional stem; 0: a linear patch map")
+    stem_norm: bool = field(False, "group norms in the stem, and two more convolutions")
     target: str = field("views", "what is learned: views, two of one image recognize each other; "
                         "shape, its class; color, its two colors", ("views", *LABELED))
     # ---- EDIT HERE for ablations: what two views of an image share ----
-    images: int = field(100_000, "training images, `shapes` that the other stages do not see")
+    images: int = field(100_000, "training images at most; `shapes` that no other stage sees")
     temperature: float = field(0.2, "of the contrastive loss")
-    turn: float = field(0.3, "largest rotation of a view, in radians")
-    zoom: float = field(0.2, "largest change of scale of a view")
+    decoupled: bool = field(False, "leave a view's partner out of the loss's denominator")
+    turn: float = field(0.3, "of shapes: largest rotation of a view, in radians")
+    zoom: float = field(0.2, "of shapes: largest change of scale of a view")
+    crop: int = field(0, "of photographs: side of a view in pixels; 0: --size")
+    area: tuple = field((12, 70), "of photographs: smallest and largest view, in % of the area")
+    finish: float = field(0.12, "of photographs: the last part of the steps, with views of 1.5 "
+                          "times the side and 30 to 100 % of the area")
     # -------------------------------------------------------------------
     steps: int = field(2400, "optimizer steps")
     batch: int = field(256, "images per step, two views of each")
     lr: float = field(2e-3, "learning rate")
+    muon: float = field(0.0, "learning rate of Muon on the matrices, without weight decay; 0: "
+                        "AdamW")
+    weight_decay: float = field(0.04, "of AdamW, on the matrices")
     warmup: int = field(200, "steps of linear warm-up")
     decay: bool = field(True, "cosine decay of the learning rate to zero")
     ema: float = field(0.995, "decay of the averaged weights, which are the ones that ship")
     seed: int = field(0, "all randomness is a function of (seed, step)")
     device: str = field("auto", "cuda, cpu, ...; auto takes a GPU if there is one")
     save_every: int = field(200, "steps between checkpoints")
-    keep: tuple = field((), "steps after which a copy of the encoder is kept, "
+    keep: tuple = field((), "steps after which a copy of the encoder is kept and tested, "
                         "dino_tiny_<step>.pt; 0 is before training")
     overwrite: bool = field(False, "start from scratch and replace what is there")
 
     def check(self):
         """ValueError for impossible values."""
         config.check_training(self)
-        for name, least in (("batch", 2), ("dim", 32), ("depth", 1), ("images", 2)):
+        for name, least in dict(batch=2, dim=32, depth=1, images=2, stem=0, crop=0, muon=0,
+                                weight_decay=0).items():
             require(getattr(self, name) >= least, f"--{name} must be at least {least}")
         require(self.dim % 32 == 0, "--dim must be a multiple of 32")
         require(self.patch in (4, 8, 16), "--patch must be 4, 8 or 16")
-        require(self.size > 0 and self.size % self.patch == 0,
-                "--size must be a multiple of --patch")
-        require(self.target == "views" or Path(self.out) != TINY.parent,
-                f"--target {self.target} needs --out; {TINY} has the target views")
+        require(self.size > 0 and self.size % self.patch == self.crop % self.patch == 0,
+                "--size and --crop must be multiples of --patch")
+        require(not self.stem_norm or self.stem and self.stem % 8 == 0,
+                "--stem_norm needs a --stem that is a multiple of 8")
+        require(self.target == "views" or self.data == "shapes", f"--target {self.target} needs "
+                "--data shapes")
+        require(self.measure or Path(self.out) != TINY.parent or self.target == "views"
+                and (self.data == "shapes" or self.preset == "photos"),
+                f"--target and --data need --out; {TINY.parent} has the encoders of the presets")
         require(self.temperature > 0, "--temperature must be positive")
+        require(len(self.area) == 2 and 0 < self.area[0] <= self.area[1] <= 100,
+                "--area must be two percentages, such as 12,70")
+        require(0 <= self.finish <= 1, "--finish must be in [0, 1]")
+
+    @property
+    def file(self):
+        """The Path of the result."""
+        return Path(self.out) / ("dino_tiny.pt" if self.data == "shapes" else "dino_photos.pt")
 
 
 PRESETS = {
     "tiny": dict(out=str(TINY.parent)),   # 1 to 2 CPU cores, 13 min: kNN .998, linear probe .998
     "debug": dict(images=1000, dim=32, depth=1, stem=8, steps=20, batch=32, warmup=5,
                   save_every=10),         # 2 CPU cores, 8 s
+    # The encoder of photographs; not run.
+    "photos": dict(out=str(TINY.parent), data="tiny-imagenet", size=64, crop=32, dim=128, depth=6,
+                   stem=48, stem_norm=True, decoupled=True, weight_decay=0.05, ema=0.998,
+                   steps=12000),
 }
 
 # ---------------------------------------------------------------- views, model, loss
+
+
+def uniforms(B, g, device):
+    """-> function that draws (B, *shape) uniform numbers from generator g."""
+    def uniform(*shape, low=0.0, high=1.0):
+        return (torch.rand(B, *shape, generator=g) * (high - low) + low).to(device)
+    return uniform
 
 
 def views(x, c, g):
@@ -101,11 +144,7 @@ def views(x, c, g):
     one view in five becomes gray); a gradient, a faint grating and noise added.  Only the shape
     survives all of that, so the shape is what the encoder learns.
     """
-    B, S = len(x), x.shape[-1]
-
-    def uniform(*shape, low=0.0, high=1.0):
-        return (torch.rand(B, *shape, generator=g) * (high - low) + low).to(x.device)
-
+    B, S, uniform = len(x), x.shape[-1], uniforms(len(x), g, x.device)
     turn, zoom = uniform(low=-c.turn, high=c.turn), 1 + uniform(low=-c.zoom, high=c.zoom / 2)
     aspect = uniform(low=-0.1, high=0.1).exp()
     mirror = torch.where(uniform() < 0.5, -1.0, 1.0)
@@ -137,6 +176,44 @@ def views(x, c, g):
     return x + uniform(1, 1, 1, high=0.04) * torch.randn(x.shape, generator=g).to(x.device)
 
 
+def photo_views(x, c, g, step=0):
+    """One random view of each photograph: x (B, 3, S, S) in [-1, 1] -> (B, 3, side, side) in the
+    same range, --crop pixels wide and, at the end of training, half as wide again.
+
+    A part of the image, mirrored or not; 4 in 5 with other brightness, contrast, saturation and
+    hue; 1 in 5 gray; 3 in 10 blurred (as SimCLR's, appendix A).
+    """
+    B, uniform = len(x), uniforms(len(x), g, x.device)
+    side, area = c.crop or c.size, c.area
+    if step >= (1 - c.finish) * c.steps:
+        side, area = min(c.size, side * 3 // 2 // c.patch * c.patch), (30, 100)
+
+    width = uniform(low=area[0], high=area[1]).div(100).sqrt()
+    aspect = uniform(low=-1, high=1).mul(math.log(4 / 3) / 2).exp()
+    extent = torch.stack([width * aspect, width / aspect], -1).clamp(max=1)     # (B, 2): of x, y
+    center = uniform(2, low=-1, high=1) * (1 - extent)
+    mirror = torch.stack([(uniform() < 0.5) * 2 - 1, torch.ones_like(width)], -1)
+    theta = torch.cat([torch.diag_embed(extent * mirror), center[:, :, None]], 2)   # (B, 2, 3)
+    x = F.grid_sample(x, F.affine_grid(theta, (B, 3, side, side), align_corners=False),
+                      padding_mode="reflection", align_corners=False)
+
+    # saturation, hue and brightness are one matrix: black is 0 here, not -1
+    changed = uniform(4, 1, 1) * 2 - 1
+    changed = torch.where(uniform(1, 1, 1) < 0.8, changed, torch.zeros_like(changed))
+    bright, contrast, saturation = (1 + 0.4 * changed[:, :3]).unbind(1)         # (B, 1, 1) each
+    saturation = torch.where(uniform(1, 1) < 0.2, torch.zeros_like(saturation), saturation)
+    hue = 0.2 * math.pi * changed[:, 3]
+    cycle = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=x.device) / 3 ** 0.5
+    gray = torch.tensor([0.299, 0.587, 0.114], device=x.device).expand(3, 3)    # of Rec. 601
+    turn = hue.cos() * torch.eye(3, device=x.device) + (1 - hue.cos()) / 3 + hue.sin() * cycle
+    matrix = bright * (saturation * turn + (1 - saturation) * gray)             # (B, 3, 3)
+    x = (matrix @ (x + 1).flatten(2)).view_as(x)
+    mean = (gray[0] @ x.mean((2, 3)).T).view(B, 1, 1, 1)
+    x = ((x - mean) * contrast[..., None] + mean - 1).clamp(-1, 1)
+    soft = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    return x.lerp(soft, uniform(1, 1, 1) * (uniform(1, 1, 1) < 0.3))
+
+
 class Student(nn.Module):
     """The encoder with two projection heads that are discarded after training: one reads the class
     token, the other the mean patch token, so that both learn to describe the image."""
@@ -145,7 +222,7 @@ class Student(nn.Module):
         super().__init__()
         self.net = DINOv3(ViTConfig(
             dim=c.dim, depth=c.depth, heads=c.dim // 32, hidden=4 * c.dim, patch=c.patch,
-            registers=2, stem=c.stem, mean=(0.5,) * 3, std=(0.5,) * 3))
+            registers=2, stem=c.stem, stem_norm=c.stem_norm, mean=(0.5,) * 3, std=(0.5,) * 3))
 
         def head():
             if c.target in LABELED:             # linear, so that the token itself must know
@@ -156,6 +233,11 @@ class Student(nn.Module):
                 nn.Linear(width, out))
         self.heads = nn.ModuleList(head() for _ in range(2))
 
+    def matrices(self):
+        """The weights that --muon trains: those of the stem and the blocks."""
+        parts = (self.net.patch_embed.stem, self.net.blocks)
+        return [p for part in parts for p in part.parameters() if p.ndim > 1]
+
     def forward(self, x):
         """[-1, 1] (B, 3, S, S) -> what the heads say of class token and mean patch token, (B, out)
         each: embeddings, or with the targets in LABELED, predictions"""
@@ -163,22 +245,42 @@ class Student(nn.Module):
         return [head(z).float() for head, z in zip(self.heads, (cls, patches.mean(1)))]
 
 
-def contrastive_loss(z, temperature):
+def contrastive_loss(z, temperature, decoupled=False):
     """NT-Xent (SimCLR, arXiv 2002.05709, eq. 1): z (2B, d), rows i and i + B are two views of one
-    image; each must identify the other among all 2B - 1."""
+    image; each must identify the other among all 2B - 1.  decoupled: the denominator has only the
+    2B - 2 views of other images (arXiv 2110.06848, eq. 6), which suits small batches better."""
     z = F.normalize(z, dim=1)
     similar = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
-    return F.cross_entropy(similar, torch.arange(len(z), device=z.device).roll(len(z) // 2))
+    partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)
+    if not decoupled:
+        return F.cross_entropy(similar, partner)
+    others = similar.scatter(1, partner[:, None], float("-inf"))
+    return (others.logsumexp(1) - similar.gather(1, partner[:, None])[:, 0]).mean()
 
 
-def draw_batch(c, images, truth, g, device):
+def training_images(c):
+    """-> uint8 images (M, 3, S, S), what --target asks of each: its class or its two colors"""
+    if c.data != "shapes":
+        load_exam(c)                            # a mistake in --probe must show now, not later
+        images, labels, _ = load_images(c.data, c.size, "train", classes=c.classes)
+        some = evenly(len(images), c.images)
+        return (images if len(some) == len(images) else images[some.numpy()]), labels[some]
+    images, labels, _, factors = shapes(c.images, c.size, seed=3, factors=True)
+    if c.target == "color":
+        std, mean = torch.std_mean(colors(factors), 0)
+        return images.numpy(), (colors(factors) - mean) / std
+    return images.numpy(), labels
+
+
+def draw_batch(c, images, truth, g, device, step=0):
     """A random batch from uint8 images (M, 3, S, S) -> what the student sees, (B, 3, S, S) or two
     views (2B, 3, S, S); the loss of what one of its heads says."""
     index = torch.randint(len(images), (c.batch,), generator=g)
     if c.target == "views":
         x = to_float(images, index, None, device)
-        return (torch.cat([views(x, c, g), views(x, c, g)]),
-                partial(contrastive_loss, temperature=c.temperature))
+        view = views if c.data == "shapes" else partial(photo_views, step=step)
+        return (torch.cat([view(x, c, g), view(x, c, g)]),
+                partial(contrastive_loss, temperature=c.temperature, decoupled=c.decoupled))
     mirrored = torch.rand(c.batch, generator=g) < 0.5             # this changes neither target
     criterion = F.cross_entropy if c.target == "shape" else F.mse_loss
     return (to_float(images, index, mirrored, device),
@@ -201,22 +303,50 @@ def r_squared(x, y, xt, yt):
 
 @torch.no_grad()
 def measure(net, size, references=5000, held_out=2000):
-    """What the encoder knows of held-out shapes -> dict: the class, by kNN and linear probe
-    (accuracies); r2_back and r2_front, the colors of background and object, by linear regression
-    from the mean patch token (R^2)."""
+    """What the encoder knows of held-out shapes -> dict: the class, see `know_classes`; r2_back and
+    r2_front, the colors of background and object, by linear regression from the mean patch token
+    (R^2)."""
+    x, y, _, factors = shapes(references, size, seed=4, factors=True)
+    xt, yt, _, factors_t = shapes(held_out, size, seed=5, factors=True)
+    found, patch, patch_t = know_classes(net, x.numpy(), y, xt.numpy(), yt)
+    back, front = r_squared(patch, colors(factors), patch_t, colors(factors_t)).view(2, 3).mean(1)
+    return dict(found, r2_back=back.item(), r2_front=front.item())
+
+
+def load_exam(c, references=5000):
+    """What tests an encoder of photographs -> the four arguments of `know_classes`."""
+    images, labels, _ = load_images(c.data, c.size, "train", classes=c.probe or c.classes)
+    held, truth, _ = load_images(c.data, c.size, "test", classes=c.probe or c.classes)
+    if len(images) < 20:
+        raise UserError(f"--data {c.data}: {len(images)} training images are too few")
+    some = evenly(len(images), references)
+    return images[some.numpy()], labels[some], held, truth
+
+
+@torch.no_grad()
+def know_classes(net, images, labels, held, truth):
+    """uint8 images (n, 3, S, S) with labels (n,), held-out ones (m, 3, S, S) with theirs -> the
+    accuracies of a kNN (k = 20) on mean patch tokens, class tokens and pixels, and of a linear
+    probe on mean patch tokens; the mean patch tokens (n, D), (m, D)."""
     def embed(images):
         device = net.norm.weight.device
         parts = [net(net.normalize(to_float(images, slice(i, i + 500), None, device)))
                  for i in range(0, len(images), 500)]
         return [torch.cat(part).cpu() for part in zip(*((p.mean(1), c) for p, c in parts))]
-    x, y, _, factors = shapes(references, size, seed=4, factors=True)
-    xt, yt, _, factors_t = shapes(held_out, size, seed=5, factors=True)
-    (patch, cls), (patch_t, cls_t) = embed(x.numpy()), embed(xt.numpy())
-    flat, flat_t = x.flatten(1).float(), xt.flatten(1).float()
-    back, front = r_squared(patch, colors(factors), patch_t, colors(factors_t)).view(2, 3).mean(1)
-    return dict(knn=knn(patch, y, patch_t, yt), knn_cls=knn(cls, y, cls_t, yt),
-                linear=linear_probe(patch, y, patch_t, yt), knn_pixels=knn(flat, y, flat_t, yt),
-                r2_back=back.item(), r2_front=front.item())
+    (patch, cls), (patch_t, cls_t) = embed(images), embed(held)
+    flat, flat_t = (torch.from_numpy(np.array(x)).flatten(1).float() for x in (images, held))
+    return dict(knn=knn(patch, labels, patch_t, truth), knn_cls=knn(cls, labels, cls_t, truth),
+                linear=linear_probe(patch, labels, patch_t, truth),
+                knn_pixels=knn(flat, labels, flat_t, truth)), patch, patch_t
+
+
+def report(c, net):
+    """Measure an encoder on the data of a Config and print it -> dict"""
+    found = (measure(net, c.size) if c.data == "shapes" else
+             know_classes(net, *load_exam(c))[0])
+    for name, value in found.items():
+        print(f"{name}: {value:.4f}")
+    return found
 
 # ---------------------------------------------------------------- training
 
@@ -226,18 +356,33 @@ def build(c, device):
     torch.manual_seed(c.seed)
     student = Student(c).to(device).train()
     ema = copy.deepcopy(student.net).requires_grad_(False).eval()
+    if c.muon:
+        return student, ema, muon.optimizer([*student.parameters()], student.matrices(), c.lr,
+                                            c.muon, (0.9, 0.95))
     matrices = [p for p in student.parameters() if p.ndim > 1]
     vectors = [p for p in student.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.04),
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=c.weight_decay),
                                    dict(params=vectors, weight_decay=0.0)],
                                   c.lr, (0.9, 0.95), fused=True)
     return student, ema, optimizer
 
 
+def write(c, path, ema, minutes):
+    """Test an encoder as it ships, in half precision, and write it with what was found."""
+    half, shipped = {k: v.half() for k, v in ema.state_dict().items()}, copy.deepcopy(ema)
+    shipped.load_state_dict(half)
+    found = report(c, shipped)
+    config.save(path, dict(
+        kind="dino", version=config.VERSION, config=vars(ema.config), model=half,
+        pretraining=config.plain(c), minutes=minutes, measured=found,
+        command=f"python -m lab.pretrain --preset {c.preset}; {config.flags(c)}"))
+    print(f"minutes: {minutes:.1f}\nwrote {path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
 def train(c):
-    """Run or resume the pretraining; writes dino_tiny.pt in half precision."""
+    """Run or resume the pretraining; writes c.file."""
     device, autocast = config.setup(c.device)
-    path, unfinished = Path(c.out) / "dino_tiny.pt", Path(c.out) / "dino_tiny.train.pt"
+    path, unfinished = c.file, c.file.with_suffix(".train.pt")
     checkpoint = config.resume(unfinished, "dino_train", c, "python -m lab.pretrain")
     if checkpoint is None and path.is_file() and not c.overwrite:
         print(f"{path}: finished; --overwrite starts from scratch")
@@ -256,28 +401,19 @@ def train(c):
             minutes=minutes(), model=student.state_dict(), ema=ema.state_dict(),
             optimizer=optimizer.state_dict()))
 
-    def write(path):
-        config.save(path, dict(
-            kind="dino", version=config.VERSION, config=vars(ema.config),
-            pretraining=config.plain(c), minutes=minutes(),
-            model={k: v.half() for k, v in ema.state_dict().items()}))
-
     def minutes():
         return before + (time.time() - began) / 60
 
-    images, truth, _, factors = shapes(c.images, c.size, seed=3, factors=True)
-    if c.target == "color":
-        std, mean = torch.std_mean(colors(factors), 0)
-        truth = (colors(factors) - mean) / std
-    print(f"pretraining on {config.describe(device)}: {c.images:,} images, target {c.target}\n"
+    images, truth = training_images(c)
+    print(f"pretraining on {config.describe(device)}: {len(images):,} images, target {c.target}\n"
           f"encoder {sum(p.numel() for p in ema.parameters()) / 1e6:.2f} M; {c.steps} steps of "
           f"{c.batch}\n{config.flags(c)}")
     loop, began = config.Loop("dino", c, optimizer, unfinished, save, start), time.time()
     for step in loop:
         if step in c.keep:
-            write(path.with_name(f"dino_tiny_{step}.pt"))
+            write(c, path.with_stem(f"{path.stem}_{step}"), ema, minutes())
         g = config.generator(c.seed, step)                    # all randomness of this step
-        x, loss_of = draw_batch(c, images.numpy(), truth, g, device)
+        x, loss_of = draw_batch(c, images, truth, g, device, step)
         with autocast():
             answers = student(x)
         loss = sum(loss_of(answer) for answer in answers)
@@ -289,11 +425,8 @@ def train(c):
             weight = max(1 - c.ema, 1 / (step + 10))
             torch._foreach_lerp_(list(ema.parameters()), list(student.net.parameters()), weight)
         loop.log(loss, loss=loss)
-    write(path)
+    write(c, path, ema, minutes())
     unfinished.unlink(missing_ok=True)
-    print(f"wrote {path}: {path.stat().st_size / 1e6:.2f} MB\nminutes: {minutes():.1f}")
-    for name, value in measure(load_dino(path, device), c.size).items():
-        print(f"{name}: {value:.4f}")
 
 # ---------------------------------------------------------------- published encoders
 
@@ -333,7 +466,11 @@ def main(argv=None):
             print(f"error: --check needs {' or '.join(KNOWN)}, and an image", file=sys.stderr)
             sys.exit(2)
         return check(*argv[1:])
-    train(config.parse(Config, PRESETS, argv))
+    c = config.parse(Config, PRESETS, argv)
+    if c.measure:
+        report(c, load_dino(c.measure, config.setup(c.device)[0]))
+    else:
+        train(c)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,294 @@
+"""Tests of photographs: their encoder, their judge, their scores.  The images are made here."""
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+
+import metrics, sample
+from data import SHAPES_SPLITS, load_images
+from dino import PatchEmbed, ViTConfig, load_dino, rebuild
+from lab import judge, pretrain
+from plumbing import config
+from plumbing.testing import call, one_line
+from plumbing.weights import TINY
+
+COLORS = dict(ash=(90, 90, 90), berry=(200, 30, 60), clover=(40, 180, 50))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder sorted by class: 3 x 30 images to train on, 3 x 20 held out, 32 px."""
+    rng = np.random.default_rng(0)
+    for split, count in dict(train=30, val=20).items():
+        for name, color in COLORS.items():
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = rng.integers(-40, 40, (32, 32, 3)) + rng.integers(-20, 20, 3)
+                pixels = (np.array(color) + noise).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    return tmp_path / "photos"
+
+
+# ---------------------------------------------------------------- views
+
+def test_views_of_photographs_are_parts_of_them_in_other_colors():
+    c = pretrain.Config(size=32, crop=16, steps=100)
+    flat = torch.tensor([0.5, 0.0, -0.5]).view(3, 1, 1).expand(1000, 3, 32, 32)
+    a, b, other = (pretrain.photo_views(flat, c, config.generator(s)) for s in (0, 0, 1))
+    assert a.shape == (1000, 3, 16, 16) and torch.equal(a, b) and not torch.equal(a, other)
+    assert a.std((2, 3)).max() < 1e-5 and a.abs().max() <= 1         # no edge, nothing from outside
+    pixel = a[:, :, 0, 0]
+    same = ((pixel - flat[0, :, 0, 0]).abs().amax(1) < 1e-5).double().mean()
+    gray = ((pixel.amax(1) - pixel.amin(1)) < 1e-5).double().mean()
+    assert abs(same - 0.2 * 0.8) < 0.04 and abs(gray - 0.2) < 0.04, (same, gray)
+
+
+def test_views_of_photographs_have_the_area_asked_for():
+    axis = torch.linspace(-0.3, 0.3, 64)
+    ramp = torch.stack([axis.expand(64, 64)] * 3).expand(400, 3, 64, 64)      # gray, from left
+    ramp = torch.cat([ramp, ramp.mT])                                         # and from above
+
+    def slopes(c, step):
+        x = pretrain.photo_views(ramp, c, config.generator(0), step)[:, 0]
+        side = x.shape[-1]
+        whole = 0.6 * 64 / 63 * (side - 1) / side
+        across = (x[:400, :, -1] - x[:400, :, 0]).mean(1) / whole
+        return side, across, (x[400:, -1] - x[400:, 0]).mean(1) / whole
+
+    c = pretrain.Config(size=64, crop=32, area=(20, 50), steps=100, finish=0.1)
+    side, across, down = slopes(c, 0)
+    assert side == 32 and abs((across > 0).double().mean() - 0.5) < 0.08 and (down > 0).all()
+    # brightness and contrast change the slopes, but on average they are the sides: E sqrt(area)
+    for found in across.abs(), down:
+        assert abs(found.mean() - (0.5 ** 1.5 - 0.2 ** 1.5) / 0.3 * 2 / 3) < 0.03, found.mean()
+    side, later, _ = slopes(c, 90)
+    assert side == 48 and later.abs().mean() > 1.2 * across.abs().mean()
+    assert slopes(pretrain.Config(size=64), 2400)[0] == 64                    # never upsampled
+
+
+def test_the_decoupled_loss_leaves_the_partner_out():
+    z = torch.nn.functional.normalize(torch.randn(8, 5), dim=1)
+    total = 0.0
+    for i in range(8):
+        similar = [math.exp((z[i] @ z[j]).item() / 0.2) for j in range(8)]
+        partner = similar[(i + 4) % 8]
+        total -= math.log(partner / (sum(similar) - similar[i] - partner))
+    assert abs(pretrain.contrastive_loss(z, 0.2, True).item() - total / 8) < 1e-5
+
+
+# ---------------------------------------------------------------- the stem and the files
+
+
+def test_the_stem_with_norms_is_the_one_of_the_trial():
+    c = ViTConfig(dim=128, patch=8, stem=48, stem_norm=True)
+    embed = PatchEmbed(c)
+    found = [(m.in_channels, m.out_channels, m.stride[0]) for m in embed.modules()
+             if isinstance(m, nn.Conv2d)]
+    assert found == [(3, 48, 2), (48, 96, 2), (96, 96, 1), (96, 96, 1), (96, 128, 2)]
+    assert [type(m) for m in embed.stem] == [nn.Conv2d, nn.GroupNorm, nn.GELU] * 4
+    assert embed(torch.zeros(2, 3, 32, 48)).shape == (2, 24, 128)
+    plain = PatchEmbed(ViTConfig(dim=128, patch=16, stem=8))
+    assert [type(m) for m in plain.stem] == [nn.Conv2d, nn.GELU] * 3
+    assert plain(torch.zeros(2, 3, 32, 48)).shape == (2, 6, 128)
+
+
+SMALL = ("--size 32 --crop 16 --dim 32 --depth 1 --stem 8 --stem_norm --decoupled --batch 8 "
+         "--steps 4 --warmup 1 --keep 0,2 --device cpu").split()
+
+
+@pytest.mark.parametrize("muon", [[], ["--muon", "0.02"]])
+def test_an_encoder_of_photographs_is_written_with_what_it_knows(muon, photos, tmp_path,
+                                                                 monkeypatch):
+    flags = ["--data", photos, *SMALL, *muon, "--note", "for tests"]
+    result = call(pretrain, *flags, "--out", "whole", cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.count("knn_pixels: ") == 3, result.stderr
+    saved = config.load(tmp_path / "whole/dino_photos.pt")
+    assert {"knn", "knn_cls", "linear", "knn_pixels"} == set(saved["measured"])
+    assert saved["measured"]["knn_pixels"] > 0.9 and saved["pretraining"]["note"] == "for tests"
+    again = call(pretrain, "--measure", "whole/dino_photos.pt", "--data", photos, cwd=tmp_path)
+    assert again.stdout in result.stdout and again.stdout.count("\n") == 4
+    assert saved["minutes"] > 0 and "--stem 8" in saved["command"]
+    assert saved["model"]["norm.weight"].dtype == torch.float16
+
+    real, parts = config.save, [*flags, "--out", "parts", "--save_every", "3"]
+
+    def save(path, made):
+        real(path, made)
+        if made.get("step") == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(config, "save", save)
+    one_line(call(pretrain, *parts, cwd=tmp_path), "interrupted")
+    monkeypatch.setattr(config, "save", real)
+    assert "resuming from step 3" in call(pretrain, *parts, cwd=tmp_path).stdout
+    files = ["dino_photos.pt", "dino_photos_0.pt", "dino_photos_2.pt"]
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == files
+    nets = [load_dino(tmp_path / folder / name) for name in files for folder in ("whole", "parts")]
+    states = [net.state_dict() for net in nets]
+    for whole, resumed in zip(states[::2], states[1::2]):
+        assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    final, _, first, _ = (state["blocks.0.mlp.fc1.weight"] for state in states[:4])
+    assert not torch.equal(final, first)
+
+    again = rebuild(vars(nets[0].config))                        # as ae.pt does
+    again.load_state_dict(states[0])
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.eval()(x)[0], nets[0](x)[0]) and nets[0].config.stem_norm
+
+
+def test_another_encoder_is_measured_on_the_same_photographs(photos, tmp_path):
+    result = call(pretrain, "--measure", "tiny", "--data", photos, "--size", "32", "--probe",
+                  "berry,clover", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = dict(line.split(": ") for line in result.stdout.splitlines())
+    held, truth, _ = load_images(photos, 32, "test", tmp_path / "cache", "berry,clover")
+    images, labels, names = load_images(photos, 32, "train", tmp_path / "cache", "berry,clover")
+    assert names == ["berry", "clover"] and len(held) == 40
+    net = load_dino("tiny")
+    mean = lambda x: net(net.normalize(torch.from_numpy(np.array(x)) / 127.5 - 1))[0].mean(1)
+    assert float(found["knn"]) == pytest.approx(
+        metrics.knn(mean(images), labels, mean(held), truth), abs=1e-4)
+    assert [p.name for p in tmp_path.iterdir() if p.name not in ("photos", "cache")] == ["out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["data"]         # nothing is trained
+
+
+def test_encoders_made_before_the_stem_had_norms_are_rebuilt():
+    saved = torch.load(TINY, weights_only=True)
+    assert "stem_norm" not in saved["config"]
+    rebuild(saved["config"]).load_state_dict(saved["model"])
+
+
+def test_a_wrong_probe_ends_before_the_training(photos, tmp_path):
+    one_line(call(pretrain, "--data", photos, *SMALL, "--probe", "plum", "--out", "x",
+                  cwd=tmp_path), "--classes", "plum")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--data x", "--out"), ("--data x --target color --out y", "--data shapes"),
+    ("--area 70,12", "--area"), ("--crop 12", "--crop"), ("--stem_norm --stem 12", "--stem_norm"),
+    ("--finish 2", "--finish")])
+def test_impossible_flags_of_photographs(flags, word, tmp_path):
+    one_line(call(pretrain, *flags.split(), cwd=tmp_path), word, code=2)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- the judge
+
+
+def test_a_judge_of_a_folder_knows_its_classes(photos, tmp_path):
+    file = tmp_path / "mine" / "judge-mine.pt"
+    result = call(judge, "--preset", "debug", "--data", photos, "--steps", "40", "--out", file,
+                  cwd=tmp_path)
+    assert result.returncode == 0 and "accuracy: 1.0000" in result.stdout, result.stdout
+    made = metrics.load_judge(file)
+    assert made.class_names == list(COLORS) and made.head.out_features == 3
+    assert config.load(file)["accuracy"] == 1.0 and len(list(file.parent.iterdir())) == 1
+    held, labels, _ = load_images(photos, 32, "test", tmp_path / "cache")
+    assert torch.equal(metrics.judge_images(made, held.copy())[1], labels)
+
+    assert metrics.find_judge(COLORS, file.parent) == file
+    file.rename(file.with_name("judge_train.pt"))                # unfinished runs do not count
+    assert metrics.find_judge(COLORS, tmp_path / "mine") is None
+    assert metrics.find_judge(metrics.load_judge().class_names, tmp_path / "mine") == metrics.JUDGE
+
+
+def test_a_judge_grows_with_the_images():
+    small, large = metrics.Judge(8, 32), metrics.Judge(8, 64)
+    assert (small.head.in_features, large.head.in_features) == (32, 64)
+    for made, size in ((small, 32), (large, 64)):
+        assert made.body(torch.zeros(1, 3, size, size)).shape[2:] == (4, 4)
+
+
+def test_a_judge_of_a_folder_does_not_replace_the_shipped_one(photos, tmp_path):
+    one_line(call(judge, "--data", photos, cwd=tmp_path), "--out", code=2)
+    one_line(call(judge, "--data", photos, "--factors", "--out", "x", cwd=tmp_path), "--factors",
+             code=2)
+
+
+# ---------------------------------------------------------------- scores
+
+
+@pytest.fixture
+def scene(photos, tmp_path, monkeypatch):
+    """-> sample.Config and an autoencoder that changes nothing, both of the folder."""
+    monkeypatch.chdir(tmp_path)
+    made = SimpleNamespace(
+        config=SimpleNamespace(data=str(photos), size=32, classes="", images=0), image_size=32,
+        class_names=list(COLORS), encode=lambda x: x, decode=lambda z: z)
+    return sample.Config(out=str(tmp_path / "run"), sweep=(1, 5)), made
+
+
+def drawn(images, labels):
+    """What sample.py draws with: labels -> images of these classes, seconds, NFE."""
+    def draw(asked, steps=10, scale=1.0, shift=1.0):
+        rows = [(labels == k).nonzero()[i % 20, 0] for i, k in enumerate(asked)]
+        return images[torch.stack(rows)], 1.0, steps
+    return partial(draw, shift=1.0)
+
+
+def test_photographs_are_scored_by_what_needs_no_training_and_by_a_judge(scene, capsys):
+    c, made = scene
+    scorer = sample.choose_scorer(c, made, "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("not scored: factors")
+    assert "accuracy and frechet" in lines[0] and f"--data {made.config.data}" in lines[0]
+    assert lines[1].startswith("--n 1000: 60 instead") and c.n == 60
+
+    held, labels, _ = load_images(made.config.data, 32, "test")
+    draw = drawn(torch.from_numpy(held.copy()), labels)
+    sample.print_scores(c, draw, [0, 1, 2], scorer)
+    shown = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    assert "sample_accuracy" not in shown and "real_factors_frechet" not in shown
+    assert shown["n"] == "60" and float(shown["sample_recall"]) > 0.5
+    for score in ("conv_frechet", "color_frechet", "precision", "kid"):       # the held-out images
+        assert shown[f"sample_{score}"] == shown[f"real_{score}"] == shown[f"decoded_real_{score}"]
+
+    judge.main(["--preset", "debug", "--data", made.config.data, "--steps", "40", "--out", c.out])
+    capsys.readouterr()
+    scorer = sample.choose_scorer(c, made, "cpu")
+    assert capsys.readouterr().out == "not scored: factors, known only of shapes\n"
+    sample.sweep(c, draw, [0, 1, 2], scorer)
+    table = [line.split("\t") for line in open(f"{c.out}/sweep.tsv").read().splitlines()]
+    assert table[0] == "steps scale nfe accuracy frechet conv recall n seed shift".split()
+    assert len(table) == 5 and all(row[3] == "1.0000" and row[7] == "60" for row in table[1:])
+
+
+def test_the_reference_of_a_sorted_folder_has_every_class_in_every_part(scene):
+    c, made = scene
+    scorer = sample.Scorer(made, folder=c.out)
+    images, labels = scorer.real_images("train", 30)
+    assert labels.bincount().tolist() == [10, 10, 10] and labels[:12].unique().tolist() == [0, 1, 2]
+    train, _, _ = load_images(made.config.data, 32, "train")
+    gray = images[labels == 0].float().mean((0, 2, 3))
+    assert (gray - 90).abs().max() < 20                          # an image keeps its label
+    assert len(scorer.real_images("train", 5000)[0]) == len(train) == 90
+
+
+def test_the_scores_of_shapes_use_the_same_images_as_ever(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SHAPES_SPLITS, "train", (200, 0))
+    made = SimpleNamespace(config=SimpleNamespace(data="shapes", classes=""), image_size=16)
+    scorer = object.__new__(sample.Scorer)
+    scorer.ae, scorer.drawn = made, True
+    images, labels = scorer.real_images("train", 120)
+    all_images, all_labels, _ = load_images("shapes", 16)
+    assert np.array_equal(images, all_images[:120]) and torch.equal(labels, all_labels[:120])
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(n=0), "--n is 0"), (dict(data="gone"), "gone: no such folder"),
+    (dict(FEWEST=61), "60 held-out images are too few")])
+def test_when_nothing_is_scored_it_says_why(change, words, scene, capsys, monkeypatch):
+    c, made = scene
+    c.n, made.config.data = change.get("n", 1000), change.get("data", made.config.data)
+    monkeypatch.setattr(sample, "FEWEST", change.get("FEWEST", sample.FEWEST))
+    assert sample.choose_scorer(c, made, "cpu") is None
+    out = capsys.readouterr().out
+    assert out.startswith("nothing is scored: ") and words in out and out.count("\n") == 1
