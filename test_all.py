@@ -1152,8 +1152,8 @@ def test_sample_writes_sweep_gif_and_npz(work):
     out = work / "out" / "debug"
     rows = [line.split("\t") for line in (out / "sweep.tsv").read_text().splitlines()]
     assert rows[0][:3] == ["steps", "scale", "nfe"]
-    assert [r[:3] for r in rows[1:]] == [["1", "1", "1"], ["1", "2", "2"], ["2", "1", "2"],
-                                         ["2", "2", "4"]]
+    assert [r[:3] for r in rows[1:]] == [["1", "1", "1"], ["1", "3", "2"], ["2", "1", "2"],
+                                         ["2", "3", "4"]]
     arrays = np.load(out / "samples.npz")
     assert arrays["arr_0"].shape == (20, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
     assert arrays["arr_1"].tolist() == [*range(10)] * 2

@@ -4,9 +4,9 @@
     python -m lab.report --pictures     # also the maps and images, from lab.evidence's models
 
 A section appears once its experiment has been measured.  README.md's short table, between the
-markers <!-- headline --> and <!-- /headline -->, is filled as well.
+markers <!-- headline --> and <!-- /headline -->, and its line numbers are filled in as well.
 """
-import itertools, re, textwrap
+import ast, itertools, re, textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -520,6 +520,13 @@ def fill(text, name, block):
     return re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
                   lambda m: f"{m[1]}{block}\n{m[2]}", text, flags=re.S)
 
+def lines_to_read(text):
+    """README's `file.py:from-to` | `first`, `last` | with the lines where these names are now."""
+    def where(m):
+        found = {n.name: n for n in ast.parse((ROOT / m[1]).read_text()).body if hasattr(n, "name")}
+        return (f"`{m[1]}:{found[m[3]].lineno}-{found[m[4] or m[3]].end_lineno}`{m[2]}")
+    return re.sub(r"`(\w+\.py):\d+-\d+`( \| `(\w+)`(?:, `(\w+)`)?)", where, text)
+
 # ---------------------------------------------------------------- the curves
 
 BLUE, RED = "#2f6fb7", "#d0342c"
@@ -575,8 +582,10 @@ def main(argv=None):
         raise UserError(f"{c.results}: no rows of preset {c.preset}; `python -m lab.evidence all` "
                         "makes them")
     texts = {Path(c.file): results(N)}
-    if readme.is_file() and "The default" in measured(N):
-        texts[readme] = fill(readme.read_text(), "headline", headline(N))
+    if readme.is_file():
+        texts[readme] = lines_to_read(readme.read_text())
+        if "The default" in measured(N):
+            texts[readme] = fill(texts[readme], "headline", headline(N))
     for path, text in texts.items():
         config.atomic(path, lambda temporary: Path(temporary).write_text(text))
         print(f"wrote {path}")

@@ -106,6 +106,6 @@ def test_the_lines_to_read_are_where_the_readme_says():
         nodes = ast.parse((ROOT / file).read_text()).body
         named = {node.name: node for node in nodes if hasattr(node, "name")}
         right = named[begin].lineno, named[end or begin].end_lineno
-        assert (int(first), int(last)) == right, (file, first, last, "should be", right)
+        assert (int(first), int(last)) == right, (file, first, last, "run lab.report")
         total += int(last) - int(first) + 1
     assert 550 < total < 650, "the README says 600"
