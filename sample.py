@@ -229,7 +229,7 @@ class Scorer(Rulers):
         held, labels = self.real_images("test", n)
         with self.autocast():
             decoded = torch.cat([to_uint8(self.ae.decode(self.ae.encode(
-                to_float(held, slice(i, i + 250), None, self.device))))
+                to_float(held.numpy(), slice(i, i + 250), None, self.device))))
                 for i in range(0, len(held), 250)])
         return self(decoded, labels), self(held, labels)
 
