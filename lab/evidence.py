@@ -107,7 +107,7 @@ CHANGES = ("untouched", "permuted", "recolored", "ten", "three", "blurred")
 UNGUIDED = (("ab2", 10, 1.0),)
 BOTH = (("ab2", 10, 1.0), ("ab2", 10, 2.0))
 HEADLINE = tuple((sampler, steps, scale) for sampler in ("ab2", "euler")
-                 for steps, scale in ((3, 1.0), (3, 2.0), (10, 1.0), (10, 3.0)))
+                 for steps, scale in ((3, 1.0), (3, 2.0), (5, 3.0), (10, 1.0), (10, 3.0)))
 
 EXPERIMENTS = {
     "rulers": Experiment(
