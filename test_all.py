@@ -17,7 +17,7 @@ from PIL import Image
 import ae, data, dino, dit, flow, metrics, sample, toy_flow
 from dino import DINOv3, ViTConfig, load_dino
 from exercises import check
-from lab import evidence
+from lab import evidence, spectrum
 from plumbing import config, gan, muon
 from plumbing.config import UserError, generator
 from plumbing.lpips import LPIPS
@@ -1292,8 +1292,9 @@ def test_every_flag_of_the_commands_in_the_texts_exists(command):
         return
     name, *words = words[1:] if words[0] == "-m" else words
     module = importlib.import_module(name.removesuffix(".py"))
-    while module is evidence and words and not words[0].startswith("-"):
-        assert words.pop(0) in (*evidence.EXPERIMENTS, "all")
+    while words and not words[0].startswith("-"):        # names of experiments, folders
+        word = words.pop(0)
+        assert word in (*evidence.EXPERIMENTS, "all") or module is spectrum, command
     if words[:1] != ["--check"]:                         # lab.pretrain --check NAME IMAGE
         config.parse(module.Config, module.PRESETS, words)
 

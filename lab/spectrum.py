@@ -52,6 +52,9 @@ class Config:
         require(self.shift > 0, "--shift must be positive")
         require(self.images >= 100, "--images must be at least 100")
 
+
+PRESETS = {}
+
 # ---------------------------------------------------------------- the Gaussian prediction
 
 
@@ -160,7 +163,7 @@ def main(argv=None):
     """The command line: folders, then flags."""
     argv = sys.argv[1:] if argv is None else list(argv)
     count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    folders, c = argv[:count], config.parse(Config, {}, argv[count:])
+    folders, c = argv[:count], config.parse(Config, PRESETS, argv[count:])
     if not folders:
         raise UserError("give at least one folder that ae.py wrote, such as out/shapes")
     device, _ = config.setup(c.device)
