@@ -58,8 +58,8 @@ class Config:
 
 PRETRAINING = "--steps 800 --keep 0,100,200,300,400,600"
 PRESETS = {
-    # One core of an AMD EPYC: stage 1 and stage 2 1 min each. 10 steps, guidance 2, seed 9: accuracy
-    # .727, random conv 56 (SVG); .253, 26 (VAE with 8 channels).
+    # One core of an AMD EPYC: stage 1 and stage 2 1 min each. 10 steps, guidance 2, seed 9:
+    # accuracy .727, random conv 56 (SVG); .253, 26 (VAE with 8 channels).
     "small": dict(ae="--ch 16 --steps 400", pretrain=PRETRAINING, encoders=(0, 300, 600),
                   dit="--dim 144 --depth 4 --heads 4 --steps 700", kept=(100, 200, 400, 700)),
     # The default sizes of ae.py and dit.py: 3 and 4 min of one core.

@@ -272,8 +272,8 @@ SECTIONS = [
         rulers("rulers"), "rulers", ("rulers", {})),
     Section(
         "The default",
-        """What `python ae.py && python dit.py && python sample.py` trains, and its baselines with the
-        same decoder, DiT and steps: a VAE with 16 channels, the tuned one, VA-VAE, REPA, and the
+        """What `python ae.py && python dit.py && python sample.py` trains, and its baselines with
+        the same decoder, DiT and steps: a VAE with 16 channels, the tuned one, VA-VAE, REPA, and the
         first with 6,200 more steps of its DiT: about 13 minutes of one core, which is what the
         pretraining of SVG's encoder took. With three or five steps of ab2 SVG has the best
         accuracy, Frechet distance in the judge, factors, random conv and color. With ten it has the
@@ -371,7 +371,8 @@ SECTIONS = [
         the square of the shift. SVG's variances span more decades than the VAE's: the predicted
         error of ten Euler steps is larger, and that of ab2 is more than ten times smaller for
         both. In trials with the previous default, Euler's error at 3 to 10 steps was three quarters
-        to nine tenths of the prediction; that of ab2 at two or three steps was larger than it.""", "latent",
+        to nine tenths of the prediction; that of ab2 at two or three steps was larger than it.""",
+        "latent",
         [(f"{name}, default", dict(key, preset="full")) for name, key in
          (*HEADLINE[:3], *named("vavae"))]
         + named("svg", "dino", "encoder0", "vae")
