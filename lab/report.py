@@ -273,8 +273,8 @@ SECTIONS = [
     Section(
         "The default",
         """What `python ae.py && python dit.py && python sample.py` trains, and its baselines with
-        the same decoder, DiT and steps: a VAE with 16 channels, the tuned one, VA-VAE, REPA, and the
-        first with 6,200 more steps of its DiT: about 13 minutes of one core, which is what the
+        the same decoder, DiT and steps: a VAE with 16 channels, the tuned one, VA-VAE, REPA, and
+        the first with 6,200 more steps of its DiT: about 13 minutes of one core, which is what the
         pretraining of SVG's encoder took. With three or five steps of ab2 SVG has the best
         accuracy, Frechet distance in the judge, factors, random conv and color. With ten it has the
         best accuracy, Frechet distance in the judge and factors, but the VAEs have the lower random
