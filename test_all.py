@@ -46,7 +46,7 @@ def test_the_exact_velocity_of_a_gaussian_transports_noise_to_it():
                   for n in (80, 160)]
         assert 0.2 < errors[1] / errors[0] < 0.3                  # second order
         unequal = sampler(gaussian_velocity(2.0, 0.5), x0, 320, shift=4.0)
-        assert (unequal - exact).abs().max() < 1e-4               # Euler's error: .005
+        assert (unequal - exact).abs().max() < 1e-4               # Euler's error: .02
     shifted = flow.euler(gaussian_velocity(2.0, 0.5), x0, 400, shift=4.0)
     assert (shifted - exact).abs().max() < 0.02                   # the clock does not move the end
 

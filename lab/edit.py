@@ -242,7 +242,7 @@ def candidates(measure, options):
     """Print the scores of `options`, then with each constant in turn replaced by each of GRID.
     Choose the one that changes most classes without losing PSNR outside; set it in EDIT.
 
-    measure(**options): `measure_edit` on training images, 5 s per line on one CPU core.
+    measure(**options): `measure_edit` on training images.
     """
     keys = dict(edit_judge_new_class="new class", edit_judge_old_class="old class",
                 edit_vs_reconstruction_psnr_outside_db="dB outside")

@@ -69,7 +69,7 @@ PRESETS = {
     # Held-out error in standard deviations: colors .16, center .14, scale .22, angle .50, gradient
     # .81, texture .60, lines .48, noise .24; accuracy 1.000
     "factors": dict(out=str(JUDGE.parent), factors=True, count=60000, steps=1500),
-    # Not run; a step takes .28 s of one core, hence about 10 minutes.
+    # Not run.
     "photos": dict(out=str(JUDGE.with_name("judge-photos.pt")), data="tiny-imagenet", size=64,
                    steps=2000),
     "debug": dict(count=1000, width=8, steps=20, batch=32, save_every=5),  # 5 s

@@ -10,7 +10,6 @@ an image (shape), or the colors of background and object (color), a nuisance for
     python -m lab.pretrain --overwrite             # the encoder in weights/ from scratch, 13 min
     python -m lab.pretrain --target shape --batch 128 --steps 2000 --out out/shape
     python -m lab.pretrain --target color --batch 128 --steps 2000 --out out/color
-                                                   # 3 min each of one core, 1 of them to draw
     python -m lab.pretrain --preset debug          # the same path in seconds, to out/debug
     python -m lab.pretrain --preset photos --data ~/photos --out out/photos       # not run
     python -m lab.pretrain --preset photos --data ~/photos --measure tiny
@@ -121,7 +120,7 @@ PRESETS = {
     "tiny": dict(out=str(TINY.parent)),   # 1 to 2 CPU cores, 13 min: kNN .998, linear probe .998
     "debug": dict(images=1000, dim=32, depth=1, stem=8, steps=20, batch=32, warmup=5,
                   save_every=10),         # 2 CPU cores, 8 s
-    # Not run; a step takes 1.0 s of one core, hence about 2.2 hours on two.
+    # Not run.
     "photos": dict(out=str(TINY.parent), data="tiny-imagenet", size=64, crop=32, dim=128, depth=6,
                    stem=48, stem_norm=True, decoupled=True, weight_decay=0.05, ema=0.998,
                    steps=12000),

@@ -245,8 +245,8 @@ factors everywhere. In random conv it is ahead with three steps of ab2; with ten
 steps, the VAEs are.
 - **The VAE was tuned in small models**, on one seed, by channels and KL weight; its normalization
 and its shifts were tried there too. VA-VAE's weight and REPA's are those of their papers.
-- **Longer training of the VAE's DiT, for as long as SVG's encoder was pretrained (13 minutes of one
-core), has one seed.**
+- **Longer training of the VAE's DiT has one seed.** It stands for the pretraining of SVG's encoder,
+13 minutes on one to two cores.
 - The default's time shift in sampling was chosen on SVG's samples of one seed.
 """
 
@@ -274,16 +274,16 @@ SECTIONS = [
         "The default",
         """What `python ae.py && python dit.py && python sample.py` trains, and its baselines with
         the same decoder, DiT and steps: a VAE with 16 channels, the tuned one, VA-VAE, REPA, and
-        the first with 6,200 more steps of its DiT: about 13 minutes of one core, which is what the
-        pretraining of SVG's encoder took. With three or five steps of ab2 SVG has the best
+        the first with 6,200 more steps of its DiT, for the pretraining of SVG's encoder: 13 minutes
+        on one to two cores. With three or five steps of ab2 SVG has the best
         accuracy, Frechet distance in the judge, factors, random conv and color. With ten it has the
         best accuracy, Frechet distance in the judge and factors, but the VAEs have the lower random
         conv (with guidance all but the one with longer training) and the higher recall; with Euler
         steps they have a lower random conv and color throughout. Aligning the VAE's latent or its
         DiT to SVG's encoder raises the accuracy by about a tenth at most. Longer training of its
         DiT does far more: with ten guided steps of ab2 the VAE's accuracy rises from .493 to .867
-        (one seed). So most of SVG's lead in accuracy at equal steps is the time that the
-        pretraining of its encoder took. The last rows are the floors: held-out images, decoded from
+        (one seed). So at equal total time most of SVG's lead in accuracy is gone.
+        The last rows are the floors: held-out images, decoded from
         their latents and as they are.""",
         "latent | sampler | steps | guidance",
         [(f"{name} | {sampler} | {k} | {w:g}", dict(key, sampler=sampler, steps=k, scale=w))

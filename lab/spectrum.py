@@ -1,6 +1,6 @@
 """What few sampler steps cost, predicted from the covariance of the latents: no DiT is needed.
 
-    python -m lab.spectrum out/shapes out/vae      # folders of ae.py; 8 s each on one CPU core
+    python -m lab.spectrum out/shapes out/vae      # folders that ae.py wrote
 
 If the latents were Gaussian, with variance L in a principal direction and mean m, the exact
 velocity along that direction would be linear,
@@ -14,10 +14,10 @@ every L, so that samples vary too little.  gain / sqrt L is largest, .88 for 10 
 shift^2, and falls to both sides, symmetrically in log L.  So the decades that the spectrum
 spans decide the error, and where they lie the best shift: a common factor c of the latents moves it
 from s to c s and changes nothing else (with Euler, for any distribution).  Given the class, only
-the variance within the classes counts.  Real latents have modes, too.  On the default's pairs (3
-seeds, shift 4, against 50 steps from the same noise, with the class) the error is .80 to .85 of the
-prediction for 3 to 10 Euler steps; of ab2, .84 to 1.2 for 5 and 10, but 1.3 (VAE) and 1.4 (SVG) for
-3, 2.4 and 5.9 for 2.
+the variance within the classes counts.  Real latents have modes, too.  On the
+previous default's pairs (3 seeds, shift 4, against 50 steps from the same noise, with the class)
+the error is .80 to .85 of the prediction for 3 to 10 Euler steps; of ab2, .84 to 1.2 for 5 and 10,
+but 1.3 (VAE) and 1.4 (SVG) for 3, 2.4 and 5.9 for 2.
 """
 import sys
 from dataclasses import dataclass

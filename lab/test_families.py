@@ -8,7 +8,6 @@ import torch
 
 import ae, data
 from data import COLOR_NAMES, SHAPES_SPLITS, hue_classes, load_images, shapes
-from dino import load_dino
 from lab import evidence, pretrain
 from plumbing import config
 from plumbing.config import UserError
@@ -102,28 +101,6 @@ def test_r_squared_is_that_of_a_known_regression():
     half, all = pretrain.r_squared(x, y, xt, yt).tolist()
     assert abs(half - 0.5) < 0.05 and abs(all - 1) < 1e-6
     assert pretrain.r_squared(x[:, 2:], y, xt[:, 2:], yt).abs().max() < 0.01
-
-
-@pytest.mark.parametrize("target", ["shape", "color"])
-def test_a_supervised_pretraining_runs_and_resumes(target, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "measure", lambda *_: {})       # it draws 7,000 shapes
-    small = ["--preset", "debug", "--target", target, "--images", "100", "--steps", "6"]
-    assert call(pretrain, *small, "--out", "whole", cwd=tmp_path).returncode == 0
-    real = config.save
-
-    def save(path, saved):
-        real(path, saved)
-        if saved.get("step") == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(config, "save", save)
-    parts = [*small, "--out", "parts", "--save_every", "3"]
-    one_line(call(pretrain, *parts, cwd=tmp_path), "interrupted")
-    monkeypatch.setattr(config, "save", real)
-    one_line(call(pretrain, *parts, "--target", "views", cwd=tmp_path), f"--target {target}")
-    assert "resuming from step 3" in call(pretrain, *parts, cwd=tmp_path).stdout
-    whole, resumed = (load_dino(tmp_path / name / "dino_tiny.pt") for name in ("whole", "parts"))
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
 
 
 def test_an_encoder_trained_for_color_learns_color(tmp_path, monkeypatch):

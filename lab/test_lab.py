@@ -35,9 +35,11 @@ def test_views_are_a_function_of_the_generator():
     assert a.shape == x.shape and torch.equal(a, b) and not torch.equal(a, other)
 
 
-def test_a_resumed_pretraining_equals_the_uninterrupted_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("target", ["views", "shape", "color"])
+def test_a_resumed_pretraining_equals_the_uninterrupted_one(target, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "measure", lambda *_: {})       # it draws 7,000 shapes
-    small = ["--preset", "debug", "--images", "100", "--steps", "8", "--keep", "0,4"]
+    small = ["--preset", "debug", "--target", target, "--images", "100", "--steps", "8",
+             "--keep", "0,4"]
     assert call(pretrain, *small, "--out", "whole", cwd=tmp_path).returncode == 0
     real = config.save
 
@@ -51,6 +53,8 @@ def test_a_resumed_pretraining_equals_the_uninterrupted_one(tmp_path, monkeypatc
     one_line(call(pretrain, *parts, cwd=tmp_path), "interrupted")
     monkeypatch.setattr(config, "save", real)
     one_line(call(pretrain, *parts, "--lr", "1", cwd=tmp_path), "--lr 0.002 (now 1.0)")
+    other = "shape" if target == "views" else "views"
+    one_line(call(pretrain, *parts, "--target", other, cwd=tmp_path), f"--target {target}")
     assert "resuming from step 3" in call(pretrain, *parts, cwd=tmp_path).stdout
     assert "finished" in call(pretrain, *parts, cwd=tmp_path).stdout
     files = ["dino_tiny.pt", "dino_tiny_0.pt", "dino_tiny_4.pt"]
