@@ -97,10 +97,10 @@ DITS = {                                  # flags of dit.py
 }
 FAMILIES = ("shape", "color")             # encoders that were trained to predict one factor
 TUNED = "vae8-1e-5"                       # first in the mean rank of "baseline"'s scores
-CHANNELS = {"svg": 112, "vae": 16}        # SVG's lies within WIDTHS, of a DiT:
+CHANNELS = {"svg": 112, TUNED: 8}        # SVG's lies within WIDTHS, of a DiT:
 WIDTHS = (48, 96, 128, 192)
 FEW = (1, 2, 3, 5, 10, 50)
-PAIR, FOUR = ("svg", "vae"), ("svg", "dino", "unaligned", "vae")
+PAIR, FOUR = ("svg", TUNED), ("svg", "dino", "unaligned", TUNED)
 LOUD = tuple(f"svg_x{k}" for k in (0.25, 0.5, 1, 2, 4, 8))
 EVERY = ("encoder*", "encodershape", "encodercolor", "svg")      # encoder*: all of --encoders
 CHANGES = ("untouched", "permuted", "recolored", "ten", "three", "blurred")

@@ -189,13 +189,14 @@ def speedrun(title, stage, finding):
              "Measured with throw-away variants of `ae.py` and `dit.py` that were not kept.*")
 
 
-NAMES = {"svg": "SVG", "vae": "VAE", "vavae": "VA-VAE", "dino": "DINO only",
+VAE = evidence.TUNED                              # the VAE of all sections but those of the default
+NAMES = {"svg": "SVG", VAE: "VAE", "vavae": "VA-VAE", "dino": "DINO only",
          "unaligned": "DINO + residual, unaligned", "encoder0": "SVG on a random encoder",
          "pixels": "raw pixels"}
 named = lambda *latents: [(NAMES[z], dict(latent=z)) for z in latents]
 PAIR = named(*evidence.PAIR)
 HEADLINE = [("SVG", dict(latent="svg")), ("VAE, 16 channels", dict(latent="vae")),
-            ("VAE, 8 channels", dict(latent=evidence.TUNED)),
+            ("VAE, 8 channels", dict(latent=VAE)),
             ("VAE, longer training", dict(latent="vae", dit="longer")),
             ("VA-VAE", dict(latent="vavae")), ("VAE with REPA", dict(latent="vae", dit="repa"))]
 GUIDED = [(f"{w:g}", dict(scale=w)) for w in (1.0, 2.0)]
@@ -330,7 +331,7 @@ SECTIONS = [
          for name, key in PAIR + named("encoder0") for sampler, shift in
          (("euler", "1.5"), ("euler", "3"), ("euler", "6"), ("ab2", "3"))
          for k in evidence.FEW],
-        scores(), "steps samplers", ("generation", dict(latent="vae", sampler="euler", steps=2)),
+        scores(), "steps samplers", ("generation", dict(latent=VAE, sampler="euler", steps=2)),
         (("fewsteps", "Shift 3; thin: the second-order sampler. Bars: one standard deviation."),)),
     Section(
         "Few steps without the class, and with guidance", "",
@@ -338,11 +339,11 @@ SECTIONS = [
         [(f"{name} | {sampler} | {w:g} | {k}", dict(key, sampler=sampler, steps=k, scale=w))
          for name, key in PAIR + named("encoder0") for sampler in ("euler", "ab2")
          for w in (0.0, 2.0) for k in (3, 10, 50)],
-        scores(), "samplers", ("generation", dict(latent="vae", scale=0.0))),
+        scores(), "samplers", ("generation", dict(latent=VAE, scale=0.0))),
     Section(
         "Training speed (Figure 1)", "", "training steps | latent | guidance",
         cross([(f"{k:,}", dict(trained=k)) for k in KEPT], PAIR, GUIDED),
-        scores(), "training", ("generation", dict(latent="vae", trained=100)),
+        scores(), "training", ("generation", dict(latent=VAE, trained=100)),
         (("training", "Ten steps. Thin: guidance 2."),)),
     Section(
         "Separable latents (Figure 2)",
@@ -350,19 +351,19 @@ SECTIONS = [
         beside it, matched or not, takes little of that away. From the VAE's mean token both find
         .16 to .22, against .10 to .11 from raw pixels. SVG inherits this from the encoder, whose
         tokens its latent contains.""",
-        "latent", named("svg", "dino", "unaligned", "vae", "pixels"),
+        "latent", named("svg", "dino", "unaligned", VAE, "pixels"),
         (("channels", "latents", "channels", 0, {}), ("kNN, mean token", "latents", "knn", 3, {}),
          LINEAR, ("kNN, all tokens", "latents", "knn_flat", 3, {}),
          ("linear, all tokens", "latents", "linear_flat", 3, {})),
-        "maps", ("latents", dict(latent="vae")),
+        "maps", ("latents", dict(latent=VAE)),
         (("maps", "The mean token of 1,000 held-out images: PCA above, t-SNE below. Seed 0."),)),
     Section(
-        "Velocity fields (Figure 3)", "", "latent", named("svg", "dino", "encoder0", "vae"),
+        "Velocity fields (Figure 3)", "", "latent", named("svg", "dino", "encoder0", VAE),
         (("consistency of the samples", "paths", "consistency", 3, {}),
          ("straightness", "paths", "straightness", 3, {}),
          ("error of 1 step", "paths", "error1", 3, {}), ("2 steps", "paths", "error2", 3, {}),
          ("5 steps", "paths", "error5", 3, {})),
-        "fields", ("paths", dict(latent="vae"))),
+        "fields", ("paths", dict(latent=VAE))),
     Section(
         "What few steps cost: the spectrum of the latents (new)",
         """If the latents of a class were Gaussian, the velocity would be linear in each principal
@@ -375,7 +376,7 @@ SECTIONS = [
         "latent",
         [(f"{name}, default", dict(key, preset="full")) for name, key in
          (*HEADLINE[:3], *named("vavae"))]
-        + named("svg", "dino", "encoder0", "vae")
+        + named("svg", "dino", "encoder0", VAE)
         + [(f"SVG, one scalar, residual x {z[5:]}", dict(latent=z)) for z in evidence.LOUD],
         (("dimensions", "spectra", "dimensions", 0, {}),
          ("effective", "spectra", "effective", 1, {}),
@@ -409,7 +410,7 @@ SECTIONS = [
         scores(), "dissociation", ("generation", dict(latent="encodercolor_color"))),
     Section(
         "The residual (Figure 5, Table 4)", "", "latent",
-        named("dino", "svg", "unaligned", "vae"),
+        named("dino", "svg", "unaligned", VAE),
         (PSNR, SSIM, *DECODED, *scores(), *scores(", w = 2", scale=2.0)), "residual",
         ("generation", dict(latent="dino")),
         (("residual", "Held-out images, then decoded from: DINO only, unaligned, SVG, VAE. "
@@ -433,9 +434,9 @@ SECTIONS = [
         the encoder's, serve it nearly as well as the encoder's alone; the VAE's little better than
         raw pixels.""",
         "tokens of", [("bare encoder", dict(latent="dino")),
-                      *named("svg", "unaligned", "vae", "pixels")],
+                      *named("svg", "unaligned", VAE, "pixels")],
         (LINEAR, ("segmentation, mIoU", "dense", "miou", 3, {}),
-         ("token accuracy", "dense", "accuracy", 3, {})), "dense", ("dense", dict(latent="vae"))),
+         ("token accuracy", "dense", "accuracy", 3, {})), "dense", ("dense", dict(latent=VAE))),
     Section(
         "Which layer (Table 6)", "", "block",
         [("2", dict(latent="layer2")), ("4, the last", dict(latent="svg"))],
@@ -448,7 +449,7 @@ SECTIONS = [
     Section(
         "Guidance", "", "guidance | latent",
         cross([(f"{w:g}", dict(scale=w)) for w in (1.0, 1.5, 2.0, 3.0, 4.0)], PAIR),
-        scores(), "guidance", ("generation", dict(latent="vae", scale=4.0))),
+        scores(), "guidance", ("generation", dict(latent=VAE, scale=4.0))),
     Section(
         "Time shift in training", "", "shift | guidance",
         cross([("1", dict(dit="shift1")), ("2.5", {}), ("4", dict(dit="shift4")),
@@ -500,7 +501,7 @@ SECTIONS = [
     Section(
         "Cost",
         "Two runs shared the two cores, at times with other work; a difference of a tenth means "
-        "nothing.", "latent", named("svg", "vae", "dino", "unaligned")
+        "nothing.", "latent", named("svg", VAE, "dino", "unaligned")
         + [("SVG, block 2", dict(latent="layer2")), ("SVG, noisy decoder", dict(latent="noise"))],
         (("stage 1, s", "cost", "seconds", 0, dict(stage="ae", dit="-")),
          ("stage 2, s", "cost", "seconds", 0, dict(stage="dit"))),
@@ -570,14 +571,14 @@ def curves(N, folder):
         """A panel: SVG and VAE over xs, the values of `axis`; the second of the keys is thin."""
         series = [("" if key is keys[1] else NAMES[z], color, key is keys[1],
                    [N.values("generation", column, latent=z, **key | {axis: x}) for x in xs])
-                  for z, color in (("svg", BLUE), ("vae", RED)) for key in keys]
+                  for z, color in (("svg", BLUE), (VAE, RED)) for key in keys]
         return title, series, xs, xlabel, options
 
     for name, axis, xs, xlabel, keys in (
             ("fewsteps", "steps", evidence.FEW, "steps",
              (dict(sampler="euler", shift="3"), dict(sampler="ab2"))),
             ("training", "trained", KEPT, "training steps", ({}, dict(scale=2.0)))):
-        xs = [x for x in xs if N.rows("generation", latent="vae", dit="base", **{axis: x})]
+        xs = [x for x in xs if N.rows("generation", latent=VAE, dit="base", **{axis: x})]
         write(Path(folder) / f"{name}.png", [
             both("random conv", "conv", xs, axis, xlabel, keys),
             both("accuracy", "accuracy", xs, axis, xlabel, keys, logy=False)])
