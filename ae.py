@@ -32,9 +32,12 @@ from plumbing.draw import save_grid
 from plumbing.fetch import file_lock
 from plumbing.gan import GAN, adaptive_weight
 from plumbing.lpips import load_lpips
+from plumbing.weights import PHOTOS
 
 # Letters: B batch, S image side, h w the latent grid, N = h w tokens,
 #          D channels of DINO, R of the residual, C of the latent (D + R).
+
+DRAWN = ("shapes", "shapes-color")                           # --data that are no photographs
 
 # ---------------------------------------------------------------- config and presets
 
@@ -52,7 +55,8 @@ class Config:
     size: int = field(32, "image side in pixels; a multiple of the encoder's patch")
     crop: str = field("center", "which square of an image to train on (code: random)",
                       ("center", "random"))
-    encoder: str = field("tiny", "tiny (embedded), a DINOv3 name, timm:NAME, or a file")
+    encoder: str = field("auto", "tiny (of shapes), photos, a DINOv3 name, timm:NAME, or a file; "
+                         "auto: tiny on shapes, otherwise photos if its file is there")
     # ---- EDIT HERE for ablations: what the latent is made of ----
     latent: str = field("svg", "svg; dino: no residual; unaligned: residual not matched; vae: a "
                         "KL-VAE built from the same networks", ("svg", "dino", "unaligned", "vae"))
@@ -404,6 +408,19 @@ def alignment_loss(z, h, cosine_margin=0.5, distance_margin=0.25):
 # ---------------------------------------------------------------- load
 
 
+def choose_encoder(c):
+    """A Config's --encoder, with tiny or photos for `auto`; says which and why if it is not the one
+    of shapes on shapes."""
+    if c.encoder != "auto":
+        return c.encoder
+    if c.data in DRAWN:
+        return "tiny"
+    found, why = (("photos", f"--data {c.data} is photographs") if PHOTOS.is_file() else
+                  ("tiny", f"there is no {PHOTOS}"))
+    print(f"--encoder {found}, because {why}")
+    return found
+
+
 def load_ae(path, device="cpu", unfinished=False):
     """ae.pt -> AutoEncoder in eval mode, with `config`, `class_names` and `fingerprint`.
 
@@ -477,6 +494,7 @@ def train(c):
     """Run or resume stage 1 with a Config -> the trained AutoEncoder."""
     device, autocast = config.setup(c.device, precision=c.precision)
     path = Path(c.out) / "ae.pt"
+    c.encoder = choose_encoder(c)
     checkpoint = config.resume(path, "ae", c, "python ae.py")
     batch, images, class_names = feed(c, device)
     torch.manual_seed(c.seed)
@@ -586,9 +604,9 @@ def announce(c, device, model, count):
           f"encoder {c.encoder} {millions(model.dino)} frozen, residual {residual}, decoder "
           f"{millions(model.decoder)}; latent of {model.latent_dim} channels\n"
           f"{c.steps} steps of {c.batch}; {config.flags(c)}")
-    if c.encoder == "tiny" and c.latent != "vae" and c.data not in ("shapes", "shapes-color"):
+    if c.encoder == "tiny" and c.latent != "vae" and c.data not in DRAWN:
         print("warning: the tiny encoder knows only shapes, and its tokens hardly separate classes "
-              "of other images; use a DINOv3, such as --encoder vits16plus")
+              "of other images; use --encoder photos, or a DINOv3 such as vits16plus")
 
 
 @torch.no_grad()

@@ -266,7 +266,7 @@ class DINOv3(nn.Module):
 def load_dino(source, device="cpu"):
     """-> a frozen DINOv3 in float32, or a TimmViT with the same methods.
 
-    source: "tiny" (embedded); a name of SIZES, found in $NOVAE_CACHE or ~/.cache/novae or
+    source: "tiny", "photos" (embedded); a name of SIZES, found in $NOVAE_CACHE or ~/.cache/novae or
     downloaded there (timm's copy, which needs no login; "hf:NAME" is Meta's own, which needs
     HF_TOKEN); a .pth, .pt, .bin or .safetensors file in the layout of Meta, transformers, timm or
     this project; or "timm:NAME", another encoder.

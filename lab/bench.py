@@ -141,8 +141,9 @@ class Models:
         self.a, self.d = ae.Config(**ae.PRESETS[c.preset]), dit.Config(**dit.PRESETS[c.preset])
         self.d.check()
         torch.manual_seed(0)
-        name, size = self.a.encoder, self.a.size
-        encoder = load_dino("tiny") if name == "tiny" else DINOv3(SIZES[name])
+        self.a.encoder, size = ae.choose_encoder(self.a), self.a.size
+        name = self.a.encoder
+        encoder = DINOv3(SIZES[name]) if name in SIZES else load_dino(name)
         self.ae = ae.AutoEncoder(self.a, encoder).to(device).train()
         self.side = size // self.ae.patch
         larger = size * 9 // 8 if self.a.crop == "random" else size            # as ae.feed has it

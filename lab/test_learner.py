@@ -34,7 +34,7 @@ def test_every_second_name_is_no_flag_and_is_used_once():
     ("photos", "svg", True), ("shapes", "svg", False), ("shapes-color", "dino", False),
     ("photos", "vae", False)])                           # a VAE's latent has none of its tokens
 def test_the_encoder_of_shapes_on_other_images_is_warned_of(name, latent, warned, capsys):
-    c = ae.Config(**{**ae.PRESETS["debug"], "data": name, "latent": latent})
+    c = ae.Config(**{**ae.PRESETS["debug"], "data": name, "latent": latent, "encoder": "tiny"})
     c.explicit, model = [], ae.AutoEncoder(c, load_dino("tiny"))
     model.class_names = ["a"]
     ae.announce(c, torch.device("cpu"), model, 10)

@@ -9,11 +9,11 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-import metrics, sample
+import ae, metrics, sample
 from data import SHAPES_SPLITS, load_images
-from dino import PatchEmbed, ViTConfig, load_dino, rebuild
+from dino import DINOv3, PatchEmbed, ViTConfig, load_dino, rebuild
 from lab import judge, pretrain
-from plumbing import config
+from plumbing import config, weights
 from plumbing.testing import call, one_line
 from plumbing.weights import TINY
 
@@ -177,6 +177,52 @@ def test_a_wrong_probe_ends_before_the_training(photos, tmp_path):
 def test_impossible_flags_of_photographs(flags, word, tmp_path):
     one_line(call(pretrain, *flags.split(), cwd=tmp_path), word, code=2)
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- which encoder stage 1 takes
+
+
+@pytest.fixture
+def embedded(tmp_path, monkeypatch):
+    """Where weights/dino_photos.pt is in these tests: a small random encoder, once it is called."""
+    path = tmp_path / "weights" / "dino_photos.pt"
+    for module in (ae, weights):
+        monkeypatch.setattr(module, "PHOTOS", path)
+
+    def make():
+        c = ViTConfig(dim=32, depth=1, heads=1, hidden=64, patch=8, stem=8, registers=2,
+                      stem_norm=True, mean=(0.5,) * 3, std=(0.5,) * 3)
+        torch.manual_seed(0)
+        config.save(path, dict(kind="dino", version=config.VERSION, config=vars(c),
+                               model=DINOv3(c).half().state_dict()))
+        return path
+    return make
+
+
+def test_photographs_get_the_encoder_of_photographs(embedded, photos, tmp_path, capsys):
+    def pick(*flags):
+        c = config.parse(ae.Config, ae.PRESETS, ["--data", str(photos), *flags])
+        return ae.choose_encoder(c), capsys.readouterr().out
+    found, why = pick()
+    assert found == "tiny" and why.startswith("--encoder tiny, because there is no ")
+    run = partial(call, ae, "--preset", "debug", "--data", photos, "--images", 20, "--warmup", 1,
+                  "--out", "made", cwd=tmp_path)
+    one_line(run("--encoder", "photos"), "dino_photos.pt: no such file",
+             "python -m lab.pretrain --preset photos")
+    embedded()
+    assert pick() == ("photos", f"--encoder photos, because --data {photos} is photographs\n")
+    for flags, encoder in ((["--encoder", "tiny"], "tiny"), (["--data", "shapes"], "tiny"),
+                           (["--data", "shapes-color"], "tiny"),
+                           (["--encoder", "auto.pth"], "auto.pth")):
+        assert pick(*flags) == (encoder, "")
+
+    result = run("--steps", 1)
+    assert "--encoder photos, because" in result.stdout and "shapes" not in result.stdout
+    assert config.load(tmp_path / "made/ae.pt")["config"]["encoder"] == "photos"
+    assert "finished at step 1" in run("--steps", 1, "--encoder", "photos").stdout
+    assert "resuming from step 1" in run("--steps", 2, "--warmup", 1).stdout     # the same command
+    one_line(run("--encoder", "tiny"), "--encoder photos (now tiny)")
+    assert ae.load_ae(tmp_path / "made/ae.pt").dino.config.stem_norm
 
 
 # ---------------------------------------------------------------- the judge

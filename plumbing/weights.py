@@ -17,7 +17,8 @@ from plumbing.fetch import HUB, cache_dir, fetch
 
 # ---------------------------------------------------------------- finding and fetching
 
-TINY = Path(__file__).parents[1] / "weights" / "dino_tiny.pt"     # this project's own, embedded
+TINY = Path(__file__).parents[1] / "weights" / "dino_tiny.pt"     # this project's own, embedded:
+PHOTOS = TINY.with_name("dino_photos.pt")                         # of shapes, of photographs
 TIMM = dict(vits16="small", vits16plus="small_plus", vitb16="base", vitl16="large",
             vith16plus="huge_plus", vit7b16="7b")                 # the ungated copies on the hub
 SUMS = {                                  # model.safetensors, where known: bytes, sha256
@@ -33,8 +34,8 @@ LICENSE = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
 def find_weights(source, names):
     """-> the Path of an existing file, downloaded if necessary.
 
-    source: "tiny", one of the model `names`, "hf:" and a name, or a path.  UserError explains what
-    to do when there is no such file.
+    source: "tiny", "photos", one of the model `names`, "hf:" and a name, or a path.  UserError
+    explains what to do when there is no such file.
     """
     name = source.removeprefix("hf:")
     if name in names:
@@ -45,11 +46,12 @@ def find_weights(source, names):
             if re.fullmatch(pattern, path.name):
                 return path
         return fetch_weights(source)
-    path = TINY if source == "tiny" else Path(source).expanduser()
+    path = dict(tiny=TINY, photos=PHOTOS).get(source) or Path(source).expanduser()
     if not path.is_file():
+        preset = {TINY: "tiny", PHOTOS: "photos"}.get(path)
         raise UserError(f"{path}: no such file" + (
-            "; `python -m lab.pretrain` makes it" if path == TINY else
-            f", and not a model name either (tiny, {', '.join(names)})"))
+            f"; `python -m lab.pretrain --preset {preset}` makes it" if preset else
+            f", and not a model name either (tiny, photos, {', '.join(names)})"))
     return path
 
 
