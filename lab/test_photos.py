@@ -9,10 +9,10 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-import ae, metrics, sample
+import ae, dit, metrics, sample
 from data import SHAPES_SPLITS, load_images
 from dino import DINOv3, PatchEmbed, ViTConfig, load_dino, rebuild
-from lab import judge, pretrain
+from lab import evidence, judge, pretrain
 from plumbing import config, weights
 from plumbing.testing import call, one_line
 from plumbing.weights import TINY
@@ -225,6 +225,39 @@ def test_photographs_get_the_encoder_of_photographs(embedded, photos, tmp_path, 
     assert ae.load_ae(tmp_path / "made/ae.pt").dino.config.stem_norm
 
 
+def test_the_perceptual_loss_may_move_its_grid_of_patches():
+    g = partial(config.generator, 0)
+    x, y = torch.rand(2, 2, 3, 32, 32, generator=g()) * 2 - 1
+    net, seen = load_dino("tiny"), set()
+    for step in range(40):
+        a, b = ae.shifted((x, y), 8, g(step))
+        (down, right), = [(d, r) for d in range(8) for r in range(8)         # once, and below 8
+                          if torch.equal(a, x.roll((d, r), (2, 3)))]
+        assert torch.equal(b, y.roll((down, right), (2, 3)))
+        seen.add((down, right))
+    assert len(seen) > 20 and torch.equal(a, ae.shifted((x, y), 8, g(step))[0])
+    assert ae.perceptual_loss(net, *ae.shifted((x, x.clone()), 8, g())) == 0
+    assert ae.perceptual_loss(net, a, b) != ae.perceptual_loss(net, x, y)
+
+
+def test_the_default_has_no_moving_grid(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(ae, "shifted", lambda images, most, g: drawn.append(most) or images)
+    monkeypatch.setattr(ae, "evaluate", lambda c, model, *_: model)
+    for flags, expected in (([], []), (["--perceptual_shift"], [8, 8])):
+        result = call(ae, "--preset", "debug", "--images", 32, "--steps", 2, "--warmup", 1, *flags,
+                      "--out", f"x{len(flags)}", cwd=tmp_path)
+        assert result.returncode == 0 and drawn == expected, result.stderr
+    tables = [(tmp_path / f"x{n}/ae.tsv").read_text() for n in (0, 1)]
+    assert tables[0] == tables[1]                                # nothing else changes
+
+
+def test_the_presets_of_photographs_are_one_run():
+    a, d, s = (config.parse(m.Config, m.PRESETS, ["--preset", "photos"]) for m in (ae, dit, sample))
+    assert a.out == d.out == s.out == "out/photos" and a.encoder == "photos" and a.size == 64
+    assert d.dim > 128 + a.residual_dim and (s.scale, s.shift, s.columns) == (3, "", 8)
+
+
 # ---------------------------------------------------------------- the judge
 
 
@@ -256,6 +289,75 @@ def test_a_judge_of_a_folder_does_not_replace_the_shipped_one(photos, tmp_path):
     one_line(call(judge, "--data", photos, cwd=tmp_path), "--out", code=2)
     one_line(call(judge, "--data", photos, "--factors", "--out", "x", cwd=tmp_path), "--factors",
              code=2)
+
+
+# ---------------------------------------------------------------- evidence
+
+
+@pytest.fixture
+def tested(photos, tmp_path, monkeypatch):
+    """lab.evidence's Config, of tiny models of the folder."""
+    monkeypatch.chdir(tmp_path)
+    return config.parse(evidence.Config, evidence.PRESETS, [
+        "--preset", "debug", "--n", "20", "--kept", "2", "--results", str(tmp_path / "rows"),
+        "--ae", f"--preset debug --data {photos} --encoder tiny --images 60 --steps 2 --warmup 1",
+        "--dit", "--preset debug --steps 2 --warmup 1"])
+
+
+def test_photographs_are_measured_by_the_rulers_of_their_own_data_set(tested, photos):
+    row = evidence.measure_generation(tested, "svg", "base", 0, 2, "ab2", 2, 1.0, "-")
+    folder = tested.out + "/debug/svg-0"
+    model, decoder = sample.load(folder)
+    rulers = sample.Scorer(decoder, folder=folder)
+    labels = sample.balanced_labels([0, 1, 2], 20)
+    expected = rulers(sample.generate(model, decoder, labels, 2), labels)
+    assert row.pop("accuracy") == row.pop("frechet") == row.pop("factors") == "-"    # no judge
+    assert row == pytest.approx({name: expected[name] for name in row}) and len(row) == 6
+
+    row = evidence.measure_latents(tested, "pixels", 0)
+    assert row["knn"] == 1 and row["decoded_accuracy"] == "-"        # the classes are three colors
+    held = rulers.real_images("test", 2000)
+    assert row["decoded_conv"] == pytest.approx(rulers(*held)["conv"])
+    svg = evidence.measure_latents(tested, "svg", 0)
+    assert svg["channels"] == 112 and svg["psnr"] > 5
+    keys = dict(preset="photos", latent="svg", seed=0)
+    evidence.tables("rows")["latents"].add(**keys, **svg)            # '-' and all
+    assert evidence.tables("rows")["latents"].has(**keys)
+
+    row = evidence.measure_memorization(tested, "svg", "base", 0)
+    assert row["n"] == 20 and row["judge_near"] == "-" and 0 <= row["conv_near"] <= 1
+    with pytest.MonkeyPatch.context() as patch:                      # every second image a copy
+        train = rulers.real_images("train", 20)[0]
+        patch.setattr(sample, "generate", lambda *a, **k: train.flip(-1))
+        row = evidence.measure_memorization(tested, "svg", "base", 0)
+    assert {row[f"{k}_{end}"] for k in ("conv", "pixels") for end in ("median", "near")} == {1.0}
+
+
+def test_the_controls_share_all_but_the_encoder(tested, photos, monkeypatch):
+    ran = []
+    monkeypatch.setattr(evidence, "command", lambda *a: ran.append([*map(str, a)]))
+    c = config.parse(evidence.Config, evidence.PRESETS, [
+        "--preset", "photos", "--results", "rows", "--ae", f"--preset photos --data {photos}"])
+    for latent in ("svg", "encoder0", "encodertiny"):
+        evidence.stage1(c, latent, 0)
+    (_, svg, *_), (module, made, *_), (_, random, *_), (_, tiny, *_) = ran
+    same = f"--preset photos --data {photos} "
+    assert svg == same and tiny == same + "--encoder tiny --perceptual_net photos"
+    assert random == same + "--encoder out/evidence/photos/encoder/dino_photos_0.pt " + (
+        "--perceptual_net photos")
+    assert "lab.pretrain" in module and made.endswith(f"--keep 0 --data {photos}")
+    assert {c.preset for c in map(evidence.settings, (c,))} == {"photos"}
+
+
+def test_memorization_tells_copies_from_new_images():
+    g = config.generator(0)
+    train, held, new = (torch.randn(n, 8, generator=g) for n in (500, 400, 400))
+    assert metrics.memorization(train, held, held) == (0.5, 0.05)
+    assert metrics.memorization(train, held, train[:100]) == (1, 1)
+    half = torch.cat([new[:100], train[:100] + 1e-3])
+    median, near = metrics.memorization(train, held, half)
+    assert abs(median - 0.75) < 0.05 and abs(near - 0.525) < 0.03
+    assert metrics.memorization(train, held, 10 + new) == (0, 0)
 
 
 # ---------------------------------------------------------------- scores
