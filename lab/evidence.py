@@ -1,10 +1,12 @@
-"""The experiments of RESULTS.md, one command each, on the embedded data and without a download.
+"""The experiments of RESULTS.md, one command each, on the embedded data and without a download
+(but for those of photographs).
 
     python -m lab.evidence                     # lists them
     python -m lab.evidence residual            # Figure 5, Table 4: the residual and its matching
     python -m lab.evidence all --seeds 0       # all of them; use two terminals for two cores,
     python -m lab.evidence all --seeds 1,2     # each with its own seeds
     python -m lab.evidence all --preset debug --results out/debug    # the same code in minutes
+    python -m lab.evidence photos photos_controls --preset photos    # needs Tiny ImageNet
 
 An experiment trains what it needs in out/evidence/<preset>/, with the commands that it prints, and
 adds its measurements as rows to results/*.tsv.  What is already there is skipped, so a killed run
@@ -27,7 +29,7 @@ from dino import load_dino
 from dit import DiT, load_dit, resolve_shift
 from flow import ab2, euler, flow_loss, guided
 from lab import edit, pretrain, spectrum
-from metrics import extract, knn, linear_classes, linear_probe, psnr, ssim
+from metrics import extract, knn, linear_classes, linear_probe, memorization, psnr, ssim
 from plumbing import config
 from plumbing.config import UserError, field, require
 from plumbing.fetch import file_lock
@@ -67,6 +69,11 @@ PRESETS = {
     "debug": dict(ae="--preset debug", dit="--preset debug", seeds=(0,), n=40, kept=(10, 20),
                   pretrain="--preset debug --keep 0,10", families="--preset debug",
                   encoders=(0, 10)),
+    # Ten classes at 64 px; as many samples as images are held out. The pretraining only writes the
+    # random weights. Without a network: --ae "--preset photos --data FOLDER". Not run.
+    "photos": dict(ae="--preset photos", dit="--preset photos", n=500, kept=(300, 600, 1200, 1800),
+                   pretrain="--preset photos --classes easy-ten --images 256 --steps 1 --warmup 0 "
+                            "--keep 0"),
 }
 
 
@@ -89,7 +96,7 @@ LATENTS = {                               # flags of ae.py
     **{f"residual{n}": f"--residual_dim {n}" for n in (2, 4, 8, 32)},
     **{f"vae{n}-{kl}": f"--latent vae --vae_dim {n} --kl {kl}"
        for n in (8, 16, 32, 112) for kl in ("1e-7", "1e-5", "1e-4")},
-}    # also "encoder<step>", "encodershape", "encodercolor", and any with a suffix: see `derive`
+}    # also "encoder" and a step, "tiny", "shape" or "color"; and any with a suffix: see `derive`
 DITS = {                                  # flags of dit.py
     "base": "", "narrow": "--dim 96 --heads 4", "wide": "--dim 192 --heads 4",
     "shift1": "--shift 1", "shift4": "--shift 4", "shift6.67": "--shift 6.67",
@@ -106,6 +113,8 @@ EVERY = ("encoder*", "encodershape", "encodercolor", "svg")      # encoder*: all
 CHANGES = ("untouched", "permuted", "recolored", "ten", "three", "blurred")
 UNGUIDED = (("ab2", 10, 1.0),)
 BOTH = (("ab2", 10, 1.0), ("ab2", 10, 2.0))
+CONTROLS, REST = ("encoder0", "encodertiny"), ("dino", "unaligned", "vae", "vavae")
+PHOTOS = tuple(itertools.product(("ab2", "euler"), (1, 2, 3, 5, 10, 25), (1.0, 2.0)))
 HEADLINE = tuple((sampler, steps, scale) for sampler in ("ab2", "euler")
                  for steps, scale in ((3, 1.0), (3, 2.0), (5, 3.0), (10, 1.0), (10, 3.0)))
 
@@ -180,6 +189,17 @@ EXPERIMENTS = {
         dict(latents=("noise", "svg"), generation=("noise", "svg"))),
     "narrow": Experiment("RAE: a DiT narrower than the latent", dict(width=PAIR)),
     "editing": Experiment("Figure 10: change the class inside a mask", dict(editing=("svg",))),
+    "photos": Experiment(
+        "photographs, with --preset photos like all below: few steps, reconstruction, copies",
+        dict(generation=PAIR, latents=PAIR + ("pixels",), spectra=PAIR, memorization=PAIR), PHOTOS),
+    "photos_controls": Experiment(
+        "SVG on random weights and on the encoder of shapes, the same perceptual network",
+        dict(generation=CONTROLS, latents=CONTROLS, spectra=CONTROLS), PHOTOS),
+    "photos_baselines": Experiment(
+        "the other latents of photographs", dict(generation=REST + ("vae:repa",), latents=REST,
+                                                 spectra=REST), PHOTOS),
+    "photos_training": Experiment(
+        "photographs during training", dict(generation=PAIR), BOTH, kept=True),
 }
 # -------------------------------------
 
@@ -247,6 +267,8 @@ def tables(folder):
         width=("latent channels width seed", "parameters loss"),
         editing=("preset latent seed", "n new_class old_class floor psnr_outside "
                  "psnr_outside_plain psnr_outside_to_plain"),
+        memorization=("preset latent dit seed", "n conv_median conv_near judge_median judge_near "
+                      "pixels_median pixels_near"),
         cost=("preset stage latent dit seed", "seconds"))
     return {name: Table(folder, name, *columns) for name, columns in layout.items()}
 
@@ -298,14 +320,24 @@ def timed(c, stage, latent, kind, seed, path, train):
                                       seed=seed, seconds=round(time.time() - began))
 
 
+def settings(c):
+    """The flags of ae.py that all latents share -> its Config."""
+    return config.parse(ae.Config, ae.PRESETS, c.ae.split())
+
+
 def encoder_file(c, name):
-    """A tiny encoder -> Path.  name: how many steps of pretraining it had, or one of FAMILIES."""
+    """What --encoder takes.  name: how many steps of pretraining it had, one of FAMILIES, or tiny.
+    """
+    if name == "tiny":
+        return name
     folder = Path(c.out) / c.preset / f"encoder{name if name in FAMILIES else ''}"
+    flags = (f"{c.families} --target {name}" if name in FAMILIES else
+             f"{c.pretrain} --data {settings(c).data}")
+    last = config.parse(pretrain.Config, pretrain.PRESETS, f"{flags} --out {folder}".split()).file
     with file_lock(folder):                        # another terminal may need it too
-        if not (folder / "dino_tiny.pt").is_file():
-            flags = f"{c.families} --target {name}" if name in FAMILIES else c.pretrain
+        if not last.is_file():
             command(pretrain, flags, 0, folder)
-    return folder / ("dino_tiny.pt" if name in FAMILIES else f"dino_tiny_{name}.pt")
+    return last if name in FAMILIES else last.with_stem(f"{last.stem}_{name}")
 
 
 def stage1(c, latent, seed):
@@ -318,9 +350,10 @@ def stage1(c, latent, seed):
         elif suffix:                                                    # nothing to train
             derive(stage1(c, name, seed) / "ae.pt", path, suffix)
         else:
-            # one perceptual network for all encoders, that of the default
-            chosen = (f"--encoder {encoder_file(c, name.removeprefix('encoder'))} "
-                      "--perceptual_net tiny" if name.startswith("encoder") else LATENTS[name])
+            # one perceptual network for all encoders, the encoder of svg
+            chosen = LATENTS[name] if name in LATENTS else (
+                f"--encoder {encoder_file(c, name.removeprefix('encoder'))} "
+                f"--perceptual_net {ae.choose_encoder(settings(c))}")
             timed(c, "ae", latent, "-", seed, path,
                   lambda: command(ae, f"{c.ae} {chosen}", seed, folder))
     return folder
@@ -371,9 +404,17 @@ def stage2(c, latent, kind, seed):
 
 
 @functools.cache
-def scorer():
-    """The rulers and their view of the real images, once per process."""
-    return sample.Scorer(SimpleNamespace(config=ae.Config(), image_size=32), "cpu")
+def scorer(data="shapes", classes="", size=32):
+    """The rulers and their view of a data set's real images, once per process."""
+    names = load_images(data, size, classes=classes)[2]
+    return sample.Scorer(SimpleNamespace(config=SimpleNamespace(data=data, classes=classes),
+                                         image_size=size, class_names=names), "cpu")
+
+
+def scorer_of(about):
+    """The scorer of an ae.Config's images, which are the same for both classes of `shapes`."""
+    data = "shapes" if about.data == "shapes-color" else about.data
+    return scorer(data, about.classes, about.size)
 
 
 def color_classes(images):
@@ -386,13 +427,14 @@ def color_classes(images):
     return hue_classes(front)
 
 
-def scores(images, labels, data="shapes"):
-    """uint8 (n, 3, S, S), labels (n,) -> dict of n and SCORES; of `shapes-color`, accuracy is the
+def scores(images, labels, about=ae.Config()):
+    """uint8 (n, 3, S, S), labels (n,), the ae.Config whose images they should be like -> dict of n
+    and SCORES, '-' for what nobody knows of these classes; of `shapes-color`, accuracy is the
     fraction of objects with the requested hue."""
-    found = scorer()(images, labels)
-    if data == "shapes-color":
+    found = scorer_of(about)(images, labels)
+    if about.data == "shapes-color":
         found["accuracy"] = (color_classes(images) == labels).double().mean().item()
-    return {name: found[name] for name in ("n", *SCORES.split())}
+    return {name: found.get(name, "-") for name in ("n", *SCORES.split())}
 
 
 def encode_all(model, images):
@@ -441,20 +483,24 @@ def measure_rulers(c, change, seed):
 
 def measure_latents(c, latent, seed):
     """Reconstruction, and how well the latents separate the classes."""
-    x, y, _ = shapes(2000 if c.preset == "debug" else 5000, 32, seed=4)
-    held, labels, _ = load_images("shapes", 32, "test")
-    held, labels = held[:2000].copy(), labels[:2000]
+    about = settings(c)
+    held, labels = scorer_of(about).real_images("test", 2000)
+    if about.data == "shapes":                           # images that nothing was trained on
+        x, y, _ = shapes(2000 if c.preset == "debug" else 5000, 32, seed=4)
+    else:
+        x, y = scorer_of(about).real_images("train", 5000)
     encode = latents_of(c, latent, seed)
-    a, b = encode(x.numpy()), encode(held)
-    row, back = dict(channels=a.shape[1], psnr="-", ssim="-"), torch.from_numpy(held[:1000])
+    a, b = encode(x.numpy()), encode(held.numpy())
+    row, back = dict(channels=a.shape[1], psnr="-", ssim="-"), held[:1000]
     if latent != "pixels":
-        model, real = load_ae(stage1(c, latent, seed) / "ae.pt"), to_float(held, slice(0, 1000))
+        model = load_ae(stage1(c, latent, seed) / "ae.pt")
+        real = to_float(held.numpy(), slice(0, 1000))
         _, autocast = config.setup("cpu")
         with autocast():
             back = torch.cat([model.decode(z) for z in b[:1000].split(250)])
         row.update(psnr=psnr(real, back).mean().item(), ssim=ssim(real, back).mean().item())
         back = to_uint8(back)
-    found = scores(back, labels[:1000])
+    found = scores(back, labels[:1000], about)
     row.update({f"decoded_{name}": found[name] for name in SCORES.split()})
     flat, pooled = (a.flatten(1), b.flatten(1)), (a.mean((2, 3)), b.mean((2, 3)))
     for name, (train, test) in (("", pooled), ("_flat", flat)):
@@ -499,7 +545,28 @@ def measure_generation(c, latent, dit, seed, trained, sampler, steps, scale, shi
     shift = None if shift == "-" else resolve_shift(shift, decoder)
     images = sample.generate(model, decoder, labels, steps, scale, shift, seed,
                              sample.SAMPLERS[sampler])
-    return scores(images, labels, decoder.config.data)
+    return scores(images, labels, decoder.config)
+
+
+def measure_memorization(c, latent, dit, seed):
+    """metrics.memorization of samples of ten steps without guidance, which may copy an image or its
+    mirror image: in random convolutions, in the judge's features, in pixels.  The held-out images
+    pass through the autoencoder too, because what it decodes is smoother and so nearer to all."""
+    model, decoder = sample.load(stage2(c, latent, dit, seed), "cpu")
+    rulers, (_, autocast) = scorer_of(decoder.config), config.setup("cpu")
+    labels = sample.balanced_labels(list(range(model.classes)), c.n)
+    fake = sample.generate(model, decoder, labels, 10, seed=seed)
+    train, held = rulers.real_images("train", 5000)[0], rulers.real_images("test", c.n)[0]
+    z = encode_all(decoder, held.numpy())
+    with autocast():
+        held = to_uint8(torch.cat([decoder.decode(part) for part in z.split(250)]))
+    row, seen = dict(n=len(fake)), []
+    for images in (torch.cat([train, train.flip(-1)]), held, fake):
+        seen.append(rulers.features(images)[0] | dict(pixels=images.flatten(1).float()))
+    for name, key in (("conv", "conv"), ("judge", "frechet"), ("pixels", "pixels")):
+        found = memorization(*(x[key] for x in seen)) if key in seen[0] else ("-", "-")
+        row[f"{name}_median"], row[f"{name}_near"] = found
+    return row
 
 
 def measure_paths(c, latent, dit, seed, fine=50):
@@ -587,7 +654,8 @@ def measure_editing(c, latent, seed):
 
 MEASURES = dict(rulers=measure_rulers, latents=measure_latents, dense=measure_dense,
                 generation=measure_generation, paths=measure_paths, encoders=measure_encoders,
-                width=measure_width, editing=measure_editing, spectra=measure_spectra)
+                width=measure_width, editing=measure_editing, spectra=measure_spectra,
+                memorization=measure_memorization)
 
 
 def main(argv=None):
@@ -605,8 +673,10 @@ def main(argv=None):
             print(f"{name}: no such experiment; there are all, {', '.join(EXPERIMENTS)}",
                   file=sys.stderr)
             sys.exit(2)
+    if "all" in names:                              # but those of photographs, which are no shapes
+        names = [name for name in EXPERIMENTS if not name.startswith("photos")]
     began, found = time.time(), tables(c.results)
-    for name in EXPERIMENTS if "all" in names else names:
+    for name in names:
         for table, key in rows(c, name):
             if not found[table].has(**key):
                 about = {k: v for k, v in key.items() if k != "preset"}

@@ -70,7 +70,10 @@ def spectrum(latents, labels=None):
     groups = F.one_hot(k).double()                                             # (n, K)
     means = groups.T @ x / groups.sum(0)[:, None]
     x = x - means[k]
-    return torch.linalg.eigvalsh(x.T @ x / (len(x) - len(means))).flip(0).clamp(min=0)
+    # x x^T has the same eigenvalues but for zeros, and is smaller if there are fewer latents
+    products = (x @ x.T if len(x) < x.shape[1] else x.T @ x) / (len(x) - len(means))
+    found = torch.linalg.eigvalsh(products).flip(0).clamp(min=0)
+    return F.pad(found, (0, x.shape[1] - len(found)))
 
 
 def effective_dimension(eigenvalues):
@@ -131,12 +134,11 @@ def consistency(latents, labels, seed=0):
 def read(folder, images, device):
     """`images` latents of an autoencoder's folder -> float32 (n, d), labels (n,)"""
     ae = load_ae(Path(folder) / "ae.pt", device)
-    d = ae.latent_dim * (ae.image_size // ae.patch) ** 2
-    if d > MOST:
-        raise UserError(f"{folder}: latents of {d:,} dimensions, more than {MOST:,}: their "
-                        "covariance does not fit into memory; use a smaller --size in ae.py")
     latents, labels = load_latents(ae, folder, *config.setup(device))
-    part = evenly(len(labels), images)
+    d, part = ae.latent_dim * (ae.image_size // ae.patch) ** 2, evenly(len(labels), images)
+    if min(d, len(part)) > MOST:
+        raise UserError(f"{folder}: {len(part):,} latents of {d:,} dimensions, more than {MOST:,}: "
+                        "their covariance does not fit into memory; use fewer --images")
     return torch.from_numpy(latents[0, part.numpy()].astype(np.float32)).flatten(1), labels[part]
 
 
