@@ -72,8 +72,8 @@ PRESETS = {
     # Ten classes at 64 px; as many samples as images are held out. The pretraining only writes the
     # random weights. Without a network: --ae "--preset photos --data FOLDER". Not run.
     "photos": dict(ae="--preset photos", dit="--preset photos", n=500, kept=(300, 600, 1200, 1800),
-                   pretrain="--preset photos --classes easy-ten --images 256 --steps 1 --warmup 0 "
-                            "--keep 0"),
+                   encoders=(), pretrain="--preset photos --classes easy-ten --images 256 "
+                                         "--steps 1 --warmup 0 --keep 0"),
 }
 
 
@@ -213,20 +213,24 @@ class Table:
         self.path, self.keys = Path(folder) / f"{name}.tsv", keys.split()
         self.columns = self.keys + values.split()
 
-    def rows(self):
-        """-> a list of dicts of strings; UserError when the file has other columns."""
+    def lines(self):
+        """-> those below the header; UserError when the file has other columns."""
         if not self.path.is_file():
             return []
         first, *lines = self.path.read_text().splitlines()
         if first.split("\t") != self.columns:
             raise UserError(f"{self.path}: its columns are not {' '.join(self.columns)}; "
                             "move it away, or give another --results")
-        return [dict(zip(self.columns, line.split("\t"))) for line in lines]
+        return lines
+
+    def rows(self):
+        """-> a list of dicts of strings."""
+        return [dict(zip(self.columns, line.split("\t"))) for line in self.lines()]
 
     def has(self, **row):
         """Whether a row with the keys of `row` is there."""
-        expected = [self.show(row[k]) for k in self.keys]
-        return any([found[k] for k in self.keys] == expected for found in self.rows())
+        start = "".join(self.show(row[k]) + "\t" for k in self.keys)
+        return any(line.startswith(start) for line in self.lines())
 
     def add(self, **row):
         """Append a row, unless it is there, and print it as `key: value` lines."""

@@ -134,11 +134,13 @@ def consistency(latents, labels, seed=0):
 def read(folder, images, device):
     """`images` latents of an autoencoder's folder -> float32 (n, d), labels (n,)"""
     ae = load_ae(Path(folder) / "ae.pt", device)
+    d = ae.latent_dim * (ae.image_size // ae.patch) ** 2
+    if min(d, images) > MOST:
+        raise UserError(f"{folder}: latents of {d:,} dimensions, more than {MOST:,}: their "
+                        "covariance does not fit into memory; use fewer --images, or a smaller "
+                        "--size in ae.py")
     latents, labels = load_latents(ae, folder, *config.setup(device))
-    d, part = ae.latent_dim * (ae.image_size // ae.patch) ** 2, evenly(len(labels), images)
-    if min(d, len(part)) > MOST:
-        raise UserError(f"{folder}: {len(part):,} latents of {d:,} dimensions, more than {MOST:,}: "
-                        "their covariance does not fit into memory; use fewer --images")
+    part = evenly(len(labels), images)
     return torch.from_numpy(latents[0, part.numpy()].astype(np.float32)).flatten(1), labels[part]
 
 

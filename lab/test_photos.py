@@ -315,7 +315,7 @@ def test_photographs_are_measured_by_the_rulers_of_their_own_data_set(tested, ph
     assert row == pytest.approx({name: expected[name] for name in row}) and len(row) == 6
 
     row = evidence.measure_latents(tested, "pixels", 0)
-    assert row["knn"] == 1 and row["decoded_accuracy"] == "-"        # the classes are three colors
+    assert row["knn"] > 0.9 and row["decoded_accuracy"] == "-"        # the classes are three colors
     held = rulers.real_images("test", 2000)
     assert row["decoded_conv"] == pytest.approx(rulers(*held)["conv"])
     svg = evidence.measure_latents(tested, "svg", 0)
@@ -326,7 +326,7 @@ def test_photographs_are_measured_by_the_rulers_of_their_own_data_set(tested, ph
 
     row = evidence.measure_memorization(tested, "svg", "base", 0)
     assert row["n"] == 20 and row["judge_near"] == "-" and 0 <= row["conv_near"] <= 1
-    with pytest.MonkeyPatch.context() as patch:                      # every second image a copy
+    with pytest.MonkeyPatch.context() as patch:                      # mirrored copies
         train = rulers.real_images("train", 20)[0]
         patch.setattr(sample, "generate", lambda *a, **k: train.flip(-1))
         row = evidence.measure_memorization(tested, "svg", "base", 0)
