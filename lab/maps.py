@@ -17,7 +17,7 @@ from plumbing.draw import PAPER, Canvas, save_grid
 COLORS = ("#2f6fb7", "#e07b28", "#2c9a62", "#a8438f", "#d0342c", "#8c6d31", "#e377c2", "#17a2b8",
           "#7f7f7f", "#bcbd22")                                   # one for each class
 NAMES = {"svg": "SVG", "dino": "DINO only", "unaligned": "DINO + residual, unaligned",
-         evidence.TUNED: "VAE"}
+         evidence.PAIR[1]: "VAE"}
 
 # ---------------------------------------------------------------- from features to the plane
 
@@ -99,7 +99,7 @@ def draw_residual(models, path, n=16):
     held, _, _ = load_images("shapes", 32, "test")
     x = to_float(held, slice(0, n))
     rows = [to_uint8(x)]
-    for latent in ("dino", "unaligned", "svg", evidence.TUNED):
+    for latent in ("dino", "unaligned", "svg", evidence.PAIR[1]):
         model = load_ae(models / f"{latent}-0" / "ae.pt")
         rows.append(to_uint8(model.decode(model.encode(x))))
     save_grid(path, torch.cat(rows), n)

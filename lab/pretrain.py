@@ -121,9 +121,9 @@ PRESETS = {
     "debug": dict(images=1000, dim=32, depth=1, stem=8, steps=20, batch=32, warmup=5,
                   save_every=10),         # 2 CPU cores, 8 s
     # Not run.
-    "photos": dict(out=str(TINY.parent), data="tiny-imagenet", size=64, crop=32, dim=128, depth=6,
-                   stem=48, stem_norm=True, decoupled=True, weight_decay=0.05, ema=0.998,
-                   steps=12000),
+    "photos": dict(out=str(TINY.parent), data="tiny-imagenet", classes="easy-ten", size=64, crop=32,
+                   dim=128, depth=6, stem=48, stem_norm=True, decoupled=True, muon=0.04, ema=0.998,
+                   steps=3200),
 }
 
 # ---------------------------------------------------------------- views, model, loss
