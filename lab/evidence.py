@@ -72,8 +72,8 @@ PRESETS = {
     # Ten classes at 64 px; as many samples as images are held out. The pretraining only writes the
     # random weights. Without a network: --ae "--preset photos --data FOLDER". Not run.
     "photos": dict(ae="--preset photos", dit="--preset photos", n=500, kept=(300, 600, 1200, 1800),
-                   encoders=(), pretrain="--preset photos --classes easy-ten --images 256 "
-                                         "--steps 1 --warmup 0 --keep 0"),
+                   encoders=(),
+                   pretrain="--preset photos --images 256 --steps 1 --warmup 0 --keep 0"),
 }
 
 
@@ -116,7 +116,8 @@ EVERY = ("encoder*", "encodershape", "encodercolor", "svg")      # encoder*: all
 CHANGES = ("untouched", "permuted", "recolored", "ten", "three", "blurred")
 UNGUIDED = (("ab2", 10, 1.0),)
 BOTH = (("ab2", 10, 1.0), ("ab2", 10, 2.0))
-CONTROLS, REST = ("encoder0", "encodertiny"), ("dino", "unaligned", "vae", "vavae")
+DUO, REST = ("svg", TUNED), ("dino", "unaligned", "vae", "vavae")     # these on photographs
+CONTROLS = ("encoder0", "encodertiny")
 PHOTOS = tuple(itertools.product(("ab2", "euler"), (1, 2, 3, 5, 10, 25), (1.0, 2.0)))
 HEADLINE = tuple((sampler, steps, scale) for sampler in ("ab2", "euler")
                  for steps, scale in ((3, 1.0), (3, 2.0), (5, 3.0), (10, 1.0), (10, 3.0)))
@@ -194,7 +195,7 @@ EXPERIMENTS = {
     "editing": Experiment("Figure 10: change the class inside a mask", dict(editing=("svg",))),
     "photos": Experiment(
         "photographs, with --preset photos like all below: few steps, reconstruction, copies",
-        dict(generation=PAIR, latents=PAIR + ("pixels",), spectra=PAIR, memorization=PAIR), PHOTOS),
+        dict(generation=DUO, latents=DUO + ("pixels",), spectra=DUO, memorization=DUO), PHOTOS),
     "photos_controls": Experiment(
         "SVG on random weights and on the encoder of shapes, the same perceptual network",
         dict(generation=CONTROLS, latents=CONTROLS, spectra=CONTROLS), PHOTOS),
@@ -202,7 +203,7 @@ EXPERIMENTS = {
         "the other latents of photographs", dict(generation=REST + ("vae:repa",), latents=REST,
                                                  spectra=REST), PHOTOS),
     "photos_training": Experiment(
-        "photographs during training", dict(generation=PAIR), BOTH, kept=True),
+        "photographs during training", dict(generation=DUO), BOTH, kept=True),
 }
 # -------------------------------------
 

@@ -199,7 +199,9 @@ HEADLINE = [("SVG", dict(latent="svg")), ("VAE, 16 channels", dict(latent="vae")
             ("VAE, 8 channels", dict(latent=evidence.TUNED)),
             ("VAE, longer training", dict(latent="vae", dit="longer")),
             ("VA-VAE", dict(latent="vavae")), ("VAE with REPA", dict(latent="vae", dit="repa"))]
-PHOTOS = [*HEADLINE, *named("dino", "unaligned")]                # the latents of photographs
+# the latents of photographs
+PHOTOS = [row for row in HEADLINE if row[1].get("dit") != "longer"] + named("dino", "unaligned")
+DUO = [PHOTOS[0], PHOTOS[2]]                                     # and the two that matter most
 GUIDED = [(f"{w:g}", dict(scale=w)) for w in (1.0, 2.0)]
 PSNR, SSIM = ("PSNR, dB", "latents", "psnr", 2, {}), ("SSIM", "latents", "ssim", 3, {})
 DECODED = (("decoded factors", "latents", "decoded_factors", 2, {}),
@@ -549,13 +551,13 @@ SECTIONS = [
          *scores(", w = 2", scale=2.0)),
         "photos photos_baselines", "svg", "latents"),
     photographs("few steps", "", "latent | sampler | guidance", *by_steps(PHOTOS),
-                "photos photos_baselines", VAE, steps=3),
+                "photos photos_baselines", evidence.TUNED, steps=3),
     photographs("controls", "", "latent | sampler | guidance",
-                *by_steps(named("svg", *evidence.CONTROLS, VAE)), "photos_controls", "encoder0"),
+                *by_steps(DUO + named(*evidence.CONTROLS)), "photos_controls", "encoder0"),
     photographs("during training", "", "training steps | latent | guidance",
-                cross([(f"{k:,}", dict(trained=k)) for k in KEPT], PAIR, GUIDED),
-                scores(), "photos_training", VAE, trained=300),
-    photographs("memorization", "", "latent", PAIR,
+                cross([(f"{k:,}", dict(trained=k)) for k in KEPT], DUO, GUIDED),
+                scores(), "photos_training", evidence.TUNED, trained=300),
+    photographs("memorization", "", "latent", DUO,
                 [(f"{name}: {what}", "memorization", f"{column}_{end}", 3, {})
                  for name, column in (("random conv", "conv"), ("judge", "judge"),
                                       ("pixels", "pixels"))

@@ -406,7 +406,7 @@ def test_a_dit_of_another_width_reads_the_autoencoder_where_it_is(measured, monk
 
 def test_report_numbers(tmp_path):
     table = evidence.tables(tmp_path)["generation"]
-    for latent, base in (("svg", 1.0), ("vae", 4.0)):
+    for latent, base in (("svg", 1.0), (report.VAE, 4.0)):
         for seed in (0, 1, 2):
             table.add(preset="small", latent=latent, dit="base", seed=seed, trained=10,
                       sampler="ab2", steps=10, scale=1.0, shift="-", n=50,
@@ -416,7 +416,7 @@ def test_report_numbers(tmp_path):
     assert N.cell("generation", "frechet", 2, latent="svg") == "2.00 ± 1.00"
     assert N.cell("generation", "accuracy", 3, latent="svg") == ".500 ± .000"
     assert N.cell("generation", "accuracy", 3, latent="svg", steps=25) == "-"
-    table.add(preset="small", latent="vae", dit="base", seed=0, trained=10, sampler="ab2",
+    table.add(preset="small", latent=report.VAE, dit="base", seed=0, trained=10, sampler="ab2",
               steps=10, scale=4.0, shift="-", n=50, **dict.fromkeys(evidence.SCORES.split(), "-")
               | dict(accuracy=0.5))
     text = report.results(report.Numbers(tmp_path, "small"))
