@@ -70,8 +70,8 @@ PRESETS = {
     # .81, texture .60, lines .48, noise .24; accuracy 1.000
     "factors": dict(out=str(JUDGE.parent), factors=True, count=60000, steps=1500),
     # Not run.
-    "photos": dict(out=str(JUDGE.with_name("judge-photos.pt")), data="tiny-imagenet", size=64,
-                   steps=2000),
+    "photos": dict(out=str(JUDGE.with_name("judge-photos.pt")), data="tiny-imagenet",
+                   classes="easy-ten", size=64, steps=2000),
     "debug": dict(count=1000, width=8, steps=20, batch=32, save_every=5),  # 5 s
 }
 # ---- EDIT HERE for ablations: what the judge learns to ignore ----
