@@ -5,12 +5,13 @@
     python sample.py --gif                        # the path from noise to image, animated
     python sample.py --npz 50000 --seed 1         # for ADM's evaluator (FID)
 
-Reads out/<preset>/dit.pt and its autoencoder; writes samples.png (another setting's is named by
-what differs, such as samples-scale1.png), sweep.png and sweep.tsv (the paper's Figure 8a and Table
-2a), trajectory.gif and samples.npz to the same folder.  Samples are scored by the rulers of
-metrics.py, which share nothing with the encoder; those that know classes need a judge of these
-classes, judge*.pt in the same folder or in weights/ (`python -m lab.judge`).  NFE is the number of
-model evaluations per sample: one for each step, two with guidance.
+Reads out/<preset>/dit.pt and its autoencoder (until you train the default: weights/shapes, which
+ships); writes samples.png (another setting's is named by what differs, such as samples-scale1.png),
+sweep.png and sweep.tsv (the paper's Figure 8a and Table 2a), trajectory.gif and samples.npz to
+out/<preset>.  Samples are scored by the rulers of metrics.py, which share nothing with the encoder;
+those that know classes need a judge of these classes, judge*.pt in the same folder or in weights/
+(`python -m lab.judge`).  NFE is the number of model evaluations per sample: one for each step, two
+with guidance.
 
 For editing and interpolation see `python -m lab.edit --help`.
 """
@@ -82,6 +83,20 @@ PRESETS = {
 }
 
 # ---------------------------------------------------------------- load and generate
+
+# the default, trained; `python -m lab.ship` wrote it
+SHIPPED = Path(__file__).parent / "weights" / "shapes"
+
+
+def find_run(c):
+    """-> the folder to read the models from: --out; but SHIPPED, which is announced, if --out was
+    not given and stage 1 of the default has not been started."""
+    started = [*Path(c.out).glob("ae.*"), *Path(c.out).glob("dit.*")]
+    if started or "out" in c.explicit or c.preset != "shapes":
+        return c.out
+    print(f"{c.out}: nothing trained yet, so these are the weights that ship, weights/shapes; "
+          "`python ae.py && python dit.py` trains your own")
+    return SHIPPED
 
 
 def load(out, device="cpu"):
@@ -273,7 +288,7 @@ def main(argv=None):
     """The command line."""
     c = config.parse(Config, PRESETS, argv)
     device, autocast = config.setup(c.device, precision=c.precision)
-    model, ae = load(c.out, device)
+    model, ae = load(find_run(c), device)
     out, classes = Path(c.out), choose(c.classes, ae.class_names)
     shift = resolve_shift(c.shift, ae) if c.shift else model.sample_shift
     # ---- EXERCISE 3: a function of t; EXERCISE 11: hand over dit_1000.pt ----

@@ -5,7 +5,8 @@
     python -m lab.edit --edit candidates     # compares constants, on training images
     python -m lab.edit --interpolate         # between two noises, and between two classes
 
-Reads what the stages wrote to out/<preset>; writes edit.png and interpolate.png there.
+Reads what the stages wrote to out/<preset> (until you train the default: weights/shapes, which
+ships); writes edit.png and interpolate.png to out/<preset>.
 """
 import re
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from plumbing import config
 from plumbing.config import UserError, field, require
 from plumbing.draw import save_grid
 from plumbing.photos import decode
-from sample import Scorer, balanced_labels, choose, draw_noise, generate, load
+from sample import Scorer, balanced_labels, choose, draw_noise, find_run, generate, load
 
 # Letters: B batch, C latent channels, h w latent grid, S image side.
 
@@ -340,7 +341,7 @@ def main(argv=None):
     """The command line."""
     c = config.parse(Config, PRESETS, argv)
     device, _ = config.setup(c.device)
-    model, ae = load(c.out, device)
+    model, ae = load(find_run(c), device)
     if c.interpolate:
         scorer = Scorer(ae, device) if ae.config.data == "shapes" else None
         return interpolate(c, model, ae, choose(c.classes, ae.class_names), scorer, steps=c.steps,

@@ -1,6 +1,6 @@
 """Tests of what meets a learner in the first hour: warnings, names of files, tables of losses,
-references in the texts."""
-import ast, re
+references in the texts, the weights that ship."""
+import ast, re, shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +8,9 @@ import torch
 
 import ae, dit, sample
 from dino import load_dino
+from lab import edit as editing, ship
 from plumbing import config
-from plumbing.testing import ROOT, call, one_line
+from plumbing.testing import ROOT, call, left, one_line
 
 @pytest.mark.parametrize("module, flag, words", [
     (sample, "--guidance=2", ["did you mean --scale?"]), (sample, "--cfg", ["mean --scale?"]),
@@ -109,3 +110,84 @@ def test_the_lines_to_read_are_where_the_readme_says():
         assert (int(first), int(last)) == right, (file, first, last, "run lab.report")
         total += int(last) - int(first) + 1
     assert 550 < total < 650, "the README says 600"
+
+# ---------------------------------------------------------------- the weights that ship
+
+SHIPPED_FILES = sorted(sample.SHIPPED.glob("*.pt"))
+
+
+def test_the_weights_that_ship_are_a_small_pair_made_by_the_default_commands():
+    assert [p.name for p in SHIPPED_FILES] == ["ae.pt", "dit.pt"]
+    assert sum(p.stat().st_size for p in SHIPPED_FILES) <= 16e6
+    model, encoder = sample.load(sample.SHIPPED)
+    dit.check_pair(model, encoder)
+    assert encoder.fingerprint == config.fingerprint(encoder.state_dict())   # of the rounded values
+    for path in SHIPPED_FILES:
+        saved = config.load(path)
+        state = saved["model" if path.stem == "ae" else "ema"]
+        assert saved["made"] == f"python {path.stem}.py --preset shapes --seed 0"
+        assert {v.dtype for v in state.values()} <= {torch.float16, torch.int64}
+        assert not {"optimizer", "scaler"} & {*saved} and ("model" in saved) == (path.stem == "ae")
+
+
+def test_a_fresh_clone_draws_and_edits_with_the_weights_that_ship(tmp_path):
+    before = sorted(sample.SHIPPED.parent.rglob("*"))
+    for module, flags in ((sample, "--n 0 --steps 2 --columns 2"),
+                          (editing, "--edit held-out --n 20 --steps 1")):
+        result = call(module, *flags.split(), cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        said = [line for line in result.stdout.splitlines() if "weights/shapes" in line]
+        assert len(said) == 1 and "python ae.py && python dit.py" in said[0]
+    assert left(tmp_path / "out/shapes") == ["edit.png", "samples-steps2-columns2.png"]
+    assert sorted(sample.SHIPPED.parent.rglob("*")) == before
+    result = call(sample, "--out", sample.SHIPPED / "none", cwd=tmp_path)      # it was asked for
+    one_line(result, "none/dit.pt", "no such file", "python dit.py")
+    one_line(call(sample, "--preset", "debug", cwd=tmp_path), "out/debug/dit.pt", "python dit.py")
+    one_line(call(dit, cwd=tmp_path), "out/shapes/ae.pt", "python ae.py")
+
+
+@pytest.mark.parametrize("name", ["ae.pt", "ae.tsv"])
+def test_who_has_begun_to_train_does_not_get_other_weights(name, tmp_path):
+    (tmp_path / "out/shapes").mkdir(parents=True)
+    (tmp_path / "out/shapes" / name).touch()
+    result = call(sample, cwd=tmp_path)
+    one_line(result, "out/shapes/dit.pt: no such file", "python dit.py")
+    assert not result.stdout
+
+
+def test_a_run_of_ones_own_is_used_and_can_be_shipped(tmp_path):
+    own, small = tmp_path / "out/shapes", tmp_path / "out/small"
+    for path in SHIPPED_FILES:                           # as training leaves them
+        saved = config.load(path)
+        part = "model" if path.stem == "ae" else "ema"
+        state = {k: v.float() * 1.0001 if v.is_floating_point() else v
+                 for k, v in saved[part].items()}
+        more = dict(step=7, model=state, optimizer={}, ae_fingerprint="of-float32")
+        if path.stem == "ae":
+            more = dict(model=state, optimizer={}, fingerprint="of-float32")
+        config.save(own / path.name, saved | {part: state} | more)
+    result = call(sample, "--n", 0, "--steps", 1, "--columns", 1, cwd=tmp_path)
+    assert "DiT of step 7;" in result.stdout and "weights/shapes" not in result.stdout
+    result = call(ship, "--to", "out/small", cwd=tmp_path)
+    assert result.returncode == 0 and "`python dit.py --preset shapes --seed 0`" in result.stdout
+    assert "of-float32" not in (sample.load(small)[0].ae_fingerprint, config.load(
+        small / "ae.pt")["fingerprint"])
+    for a, b in zip(sample.load(own), sample.load(small)):
+        for p, q in zip(a.state_dict().values(), b.state_dict().values()):
+            assert p.dtype == q.dtype and torch.allclose(p, q, rtol=1e-3, atol=1e-6)
+    for module in (ae, dit):
+        one_line(call(module, "--out", small, "--steps", 3000, cwd=tmp_path), "only weights",
+                 "--overwrite")
+    shutil.copy(own / "dit.pt", small)                   # of the autoencoder before rounding
+    one_line(call(ship, "--run", small, cwd=tmp_path), "another autoencoder")
+    one_line(call(ship, "--run", "out/none", cwd=tmp_path), "out/none/ae.pt", "python ae.py")
+
+
+@pytest.mark.parametrize("module, flags, made", [
+    (ae, "", ""), (ae, "--latent vae --no-decay --mult 1,1,2,2 --device cpu --out x",
+                   " --latent vae --mult 1,1,2,2 --no-decay"),
+    (dit, "--steps 9 --model S --keep 3,4 --ae y", " --model S --dim 384 --depth 12 --steps 9")])
+def test_what_ships_names_its_command(module, flags, made):
+    saved = config.plain(config.parse(module.Config, module.PRESETS, flags.split()))
+    plain = f"python {module.__name__}.py --preset shapes"
+    assert ship.command(module, saved) == f"{plain}{made} --seed 0"

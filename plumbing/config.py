@@ -395,6 +395,9 @@ def resume(path, kind, config, command):
     if checkpoint["step"] >= config.steps:
         print(f"{path}: finished at step {checkpoint['step']}; "
               "--steps N trains longer, --overwrite starts from scratch")
+    elif "optimizer" not in checkpoint:
+        raise UserError(f"{path}: only weights, without an optimizer, so training cannot continue; "
+                        "--overwrite starts from scratch")
     elif checkpoint["step"]:
         print(f"{path}: resuming from step {checkpoint['step']}")
     return checkpoint
