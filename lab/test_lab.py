@@ -463,6 +463,8 @@ def test_results_md_is_what_the_rows_say():
     readme = (ROOT / "README.md").read_text()
     assert report.fill(readme, "headline", report.headline(N)) == readme, \
         "run `python -m lab.report`"
+    exercises = (ROOT / "exercises/README.md").read_text()
+    assert exercises.count("<!-- effect") and report.effects(N, exercises) == exercises
     assert set(" ".join(s.command for s in report.SECTIONS).split()) == set(evidence.EXPERIMENTS)
     for s in report.measured(N).values():
         assert all((ROOT / f"assets/{name}.png").is_file() for name, _ in s.figures)
