@@ -148,6 +148,10 @@ EXPERIMENTS = {
         dict(generation=PAIR + ("encoder0",)),
         settings=(*itertools.product(("ab2",), FEW, (1.0,)),
                   *itertools.product(("euler", "ab2"), (3, 10, 50), (0.0, 2.0)))),
+    "matched": Experiment(
+        "few steps again, by SVG's DiT after fewer training steps, as good as the VAE's at the end",
+        dict(generation=("svg",)), tuple(itertools.product(("euler",), FEW[2:], (1.0,))),
+        shifts=("3",), kept=True),
     "training": Experiment(
         "Figure 1: the same during training",
         dict(generation=PAIR), settings=BOTH, kept=True),

@@ -28,6 +28,11 @@ of an AMD EPYC (bfloat16).  On 500 held-out images of these classes, kNN and lin
     after 0, 400, 1,200 and all steps   .480 / .576, .724 / .826, .828 / .840, .848 / .876
     the encoder of shapes, pixels       .552 / .718, .372
 
+and on 1,000 of 20 other classes, which it was not trained on:
+
+    this encoder, that of shapes        .410 / .484, .241 / .333
+    random weights, pixels              .193 / .234, .168
+
 Muon was the lever.  kNN and linear probe after 250 steps (3.6 to 4.3 minutes, one seed):
 
     AdamW 2e-3                          .612 / .684
