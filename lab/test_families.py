@@ -56,7 +56,7 @@ def test_the_accuracy_of_shapes_color_asks_for_the_hue(few):
     images = torch.from_numpy(held.copy())
     found = evidence.color_classes(images)
     right = (found == labels).double().mean().item()
-    row = evidence.scores(images, labels, "shapes-color")
+    row = evidence.scores(images, labels, ae.Config(data="shapes-color"))
     assert found.dtype == torch.int64
     assert row["accuracy"] == right and 0.68 < right < 0.9, right             # chance: .1
     near = (found - labels + 1) % 10 < 3                                      # or the next hue

@@ -400,7 +400,7 @@ def test_a_dit_of_another_width_reads_the_autoencoder_where_it_is(measured, monk
     assert not list(folder.glob("latents*"))
     row = evidence.measure_width(c, "svg", 112, 48, 0)
     assert row["parameters"] == 199360 and row["loss"] > 0
-    maps.draw_strip(measured / "out/evidence/debug", measured / "strip.png", counts=(1, 2))
+    maps.draw_strip(measured / "out/evidence/debug", measured / "strip.png", (1, 2), ("svg",))
     assert (measured / "strip.png").is_file()
 
 
