@@ -435,8 +435,8 @@ SECTIONS = [
         "Training speed (Figure 1)",
         """After 400 steps SVG is ahead of the VAE after 700 in accuracy (.588 against .261),
         Frechet (4.10, 6.01) and factors (9.83, 12.21), in accuracy already after 200, .399. In
-        random conv the VAE is ahead at every number of steps, by a factor that falls from four at
-        100 steps to less than two at 700.""", "training steps | latent | guidance",
+        random conv the VAE is ahead at every number of steps, by a factor that falls from four
+        at 100 steps to less than two at 700.""", "training steps | latent | guidance",
         cross([(f"{k:,}", dict(trained=k)) for k in KEPT], PAIR, GUIDED),
         scores(), "training", ("generation", dict(latent=VAE, trained=100)),
         (("training", "Ten steps. Thin: guidance 2."),)),
@@ -454,13 +454,13 @@ SECTIONS = [
         (("maps", "The mean token of 1,000 held-out images: PCA above, t-SNE below. Seed 0."),)),
     Section(
         "Velocity fields (Figure 3)",
-        """Consistency is the mean cosine between the vectors from noise to sample of two samples of
-        one class, without the bias of a mean over few; at most about .5. It is .301 for SVG, .070
-        for the VAE and .025 on a random encoder. Measured from data instead of samples (next
-        section) it shows how much of that is position rather than class: the cosine of any two
-        images. Paths are straighter on SVG's latents than on the VAE's, .959 against .900, on a
-        random encoder nearly as straight, .948. The distance of few Euler steps from 50, per
-        dimension, follows consistency for one step and less so for five.""",
+        """Consistency is the mean cosine between the vectors from noise to sample of two samples
+        of one class, without the bias of a mean over few; at most about .5. It is .301 for SVG,
+        .070 for the VAE and .025 on a random encoder. Measured from data instead of samples
+        (next section) it shows how much of that is position rather than class: the cosine of any
+        two images. Paths are straighter on SVG's latents than on the VAE's, .959 against .900,
+        on a random encoder nearly as straight, .948. The distance of few Euler steps from 50,
+        per dimension, follows consistency for one step and less so for five.""",
         "latent", named("svg", "dino", "encoder0", VAE),
         (("consistency of the samples", "paths", "consistency", 3, {}),
          ("straightness", "paths", "straightness", 3, {}),
@@ -498,13 +498,14 @@ SECTIONS = [
     Section(
         "How semantic must the encoder be? (new)",
         """All autoencoders share one perceptual network, the shipped encoder. Along its
-        pretraining, the more a kNN learns from its tokens, the better every score of the samples,
-        at nearly equal reconstruction: accuracy .137, .203, .359, .654, Frechet 10.92, 7.44, 5.64,
-        3.41. But that a kNN can tell the classes does not decide it. An encoder of the same
-        architecture, trained to predict the class, has a kNN of .952 and the most consistent paths,
-        .371, and its samples, accuracy .335, are worse than those of 600 steps of pretraining; its
-        tokens know little of color (R2 .250), and its decoder reconstructs worse. An encoder
-        trained to know color is no better than a random one. Straightness hardly differs.""",
+        pretraining, the more a kNN learns from its tokens, the better every score of the
+        samples, at nearly equal reconstruction: accuracy .137, .203, .359, .654, Frechet 10.92,
+        7.44, 5.64, 3.41. But that a kNN can tell the classes does not decide it. An encoder of
+        the same architecture, trained to predict the class, has a kNN of .952 and the most
+        consistent paths, .371, and its samples, accuracy .335, are worse than those of 600 steps
+        of pretraining; its tokens know little of color (R2 .250), and its decoder reconstructs
+        worse. An encoder trained to know color is no better than a random one. Straightness
+        hardly differs.""",
         "encoder",
         [("random" if k == 0 else f"{k} steps", dict(latent=f"encoder{k}", step=k))
          for k in ENCODERS]
@@ -522,11 +523,11 @@ SECTIONS = [
         """Two encoders of one architecture, one trained to predict the class (shape), one the
         colors, and a DiT on the latents of each, conditioned on the shape or on the hue of the
         object. Accuracy is that of the condition: of the shape by the judge, of the hue by the
-        network that predicts all factors. Each encoder helps where it knows the condition: with the
-        shape given, .335 against .136, with the hue given, .517 against .189, and guidance of 2
-        widens both gaps. So what helps is that a latent separates the classes that the DiT is asked
-        for, not semantics as such. The distances hardly follow: factors is lower with the encoder
-        of shape in all rows.""", "encoder knows | condition | guidance",
+        network that predicts all factors. Each encoder helps where it knows the condition: with
+        the shape given, .335 against .136, with the hue given, .517 against .189, and guidance
+        of 2 widens the second gap. So what helps is that a latent separates the classes that the
+        DiT is asked for, not semantics as such. The distances hardly follow: factors is lower
+        with the encoder of shape in all rows.""", "encoder knows | condition | guidance",
         [(f"{a} | {b} | {w:g}", dict(latent=f"encoder{a}{end}", scale=w))
          for b, end in (("shape", ""), ("color", "_color")) for a in evidence.FAMILIES
          for w in (1.0, 2.0)],
@@ -548,11 +549,11 @@ SECTIONS = [
           "Seed 0."),)),
     Section(
         "How many residual channels",
-        """Every channel gives decibels; the neutral rulers and the judge disagree about what they
-        are worth in generation. Frechet and accuracy, which see shape, get worse from 2.41 and .764
-        without a residual to 3.93 and .602 with 32 channels. Random conv falls from 214.1 to 83.4
-        with 4, 43.7 with 8, 37.1 with 16, and does not fall further with 32, 39.5; recall says the
-        same. The default has 16.""", "channels",
+        """Every channel gives decibels; the neutral rulers and the judge disagree about what
+        they are worth in generation. Frechet and accuracy, which see shape, get worse from 2.41
+        and .764 without a residual to 3.93 and .602 with 32 channels. Random conv falls from
+        214.1 to 83.4 with 4, 43.7 with 8, 37.1 with 16, and does not fall further with 32, 39.5;
+        recall says the same. The default has 16.""", "channels",
         [("0", dict(latent="dino")),
          *(("16" if z == "svg" else z.removeprefix("residual"), dict(latent=z))
            for z in evidence.EXPERIMENTS["width"].measures["latents"])],
@@ -596,10 +597,10 @@ SECTIONS = [
         scores(), "scaling", ("generation", dict(dit="wide"))),
     Section(
         "Guidance",
-        """Accuracy rises with guidance on both latents, on SVG from .654 to .772 at 4, on the VAE
-        from .261 to .452. Random conv gets worse on SVG from the start, from 37.1 to 80.3, and a
-        little better on the VAE, from 22.0 to 19.7. The default's larger models bear more: there
-        random conv is lower with a guidance of 3 than without.""", "guidance | latent",
+        """Accuracy rises with guidance on both latents, on SVG from .654 to .772 at 4, on the
+        VAE from .261 to .452. Random conv gets worse on SVG from the start, from 37.1 to 80.3,
+        and a little better on the VAE, from 22.0 to 19.7. The default's larger models bear more:
+        there random conv is lower with a guidance of 3 than without.""", "guidance | latent",
         cross([(f"{w:g}", dict(scale=w)) for w in (1.0, 1.5, 2.0, 3.0, 4.0)], PAIR),
         scores(), "guidance", ("generation", dict(latent=VAE, scale=4.0))),
     Section(
@@ -631,9 +632,9 @@ SECTIONS = [
     Section(
         "Width of the DiT against channels of the latent (RAE)",
         """A DiT of four blocks learns the latent of a single image for 300 steps. On SVG's 112
-        channels the final loss falls from .27 to .06 between the widths 96 and 128; on the VAE's 8
-        channels a width of 48 is enough. `dit.py` warns when the width is not above the number of
-        channels.""",
+        channels the final loss falls from .27 to .06 between the widths 96 and 128; on the VAE's
+        8 channels a width of 48 is enough. `dit.py` warns when the width is not above the number
+        of channels.""",
         "DiT's width", [(str(w), dict(width=w)) for w in evidence.WIDTHS],
         tuple((f"loss, {NAMES[z]} ({n} channels)", "width", "loss", 4, dict(latent=z))
               for z, n in evidence.CHANNELS.items()), "narrow", ("width", {})),
@@ -641,8 +642,8 @@ SECTIONS = [
         "Editing (Figure 10)",
         """`lab/edit.py` changes the class inside a mask. The judge classifies .710 of the edited
         images as the new class, and .002 of the plain reconstructions. Outside the mask, which
-        touches most of the 4 x 4 tokens, the PSNR is between four and five decibels below that of
-        the plain reconstruction. The constants of editing were chosen on held-out images.""",
+        touches most of the 4 x 4 tokens, the PSNR is between four and five decibels below that
+        of the plain reconstruction. The constants of editing were chosen on held-out images.""",
         "latent", named("svg"),
         (("new class", "editing", "new_class", 3, {}), ("old class", "editing", "old_class", 3, {}),
          ("new class, before the edit", "editing", "floor", 3, {}),
