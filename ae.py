@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import evenly, load_images, to_float, to_uint8, warn_of_few
+from data import DRAWN, evenly, load_images, to_float, to_uint8, warn_of_few
 from dino import Block, DINOv3, ViTConfig, load_dino, rebuild
 from metrics import psnr, ssim
 from plumbing import config, muon
@@ -36,8 +36,6 @@ from plumbing.weights import PHOTOS
 
 # Letters: B batch, S image side, h w the latent grid, N = h w tokens,
 #          D channels of DINO, R of the residual, C of the latent (D + R).
-
-DRAWN = ("shapes", "shapes-color")                           # --data that are no photographs
 
 # ---------------------------------------------------------------- config and presets
 
@@ -126,7 +124,7 @@ PRESETS = {
     # 2 CPU cores, 6 s: barely trained, but writes every file.
     "debug": dict(images=1000, steps=20, batch=16, ch=16, enc_dim=32, enc_depth=1, enc_stem=8,
                   warmup=5, save_every=10),
-    # Ten classes of Tiny ImageNet. Not run; one CPU core: .58 s a step, hence 12 min.
+    # Ten classes of Tiny ImageNet. Not trained here; .58 CPU seconds a step.
     "photos": dict(data="tiny-imagenet", classes="easy-ten", size=64, encoder="photos", ch=24,
                    steps=1200, batch=16, perceptual_shift=True),
     # The paper's sizes and optimizer at 256 px, on 9,469 images. Not trained here: no weights.

@@ -77,6 +77,7 @@ SHAPES = {
     # ---- EXERCISE 5: an eleventh shape, and another VERSION ----
 }
 SHAPE_NAMES = tuple(SHAPES)
+DRAWN = ("shapes", "shapes-color")         # data sets of drawn images; all others are photographs
 
 # ---------------------------------------------------------------- shapes: rendering
 # ---- EDIT HERE for ablations: harder or easier nuisances ----

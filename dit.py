@@ -104,7 +104,7 @@ PRESETS = {
     # 2 CPU cores, 3 s: barely trained, but writes every file.
     "debug": dict(dim=128, depth=1, heads=4, steps=20, batch=32, warmup=5, save_every=10,
                   preview_every=20),
-    # 64 tokens. Not run; one CPU core: .76 s a step, hence 23 min.
+    # 64 tokens. Not trained here; .76 CPU seconds a step.
     "photos": dict(dim=256, depth=6, heads=4, steps=1800),
     # The paper's optimizer and shifts, its size B. Not trained here: no weights, no photographs.
     "imagenette": dict(model="B", shift="2.5", sample_shift="6.67", steps=40000, batch=256,

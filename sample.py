@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ae import load_ae
-from data import evenly, load_images, to_float, to_uint8
+from data import DRAWN, evenly, load_images, to_float, to_uint8
 from dit import check_pair, check_shift, load_dit, resolve_shift
 from flow import ab2, euler, guided, heun
 from metrics import JUDGE, PREDICTOR, Rulers, find_judge
@@ -223,7 +223,7 @@ class Scorer(Rulers):
     """
 
     def __init__(self, ae, device="cpu", precision="auto", folder="."):
-        self.ae, self.drawn = ae, ae.config.data in ("shapes", "shapes-color")
+        self.ae, self.drawn = ae, ae.config.data in DRAWN
         judge = JUDGE if ae.config.data == "shapes" else find_judge(ae.class_names, folder)
         super().__init__(self.real_images("train", 5000)[0], device, judge,
                          PREDICTOR if self.drawn else None)

@@ -241,9 +241,10 @@ The line below each table gives the command that measured its rows.
 
 **Setup.** The data set is `shapes` (32 px, ten classes). So that everything could be measured with
 three seeds on a CPU, the models are smaller than the default's: preset `{preset}` of
-`lab/evidence.py`, in which a seed determines both stages and the noise. Only the section "The
-default" shows the default. The machine was a two-core AMD EPYC without a GPU, torch 2.13, one
-thread per run; the {trainings} trainings that were timed took {hours:.1f} hours of one core.
+`lab/evidence.py`, in which a seed determines both stages and the noise. Only the sections "The
+default" and "Guidance away from what?" show the default. The machine was a two-core AMD EPYC
+without a GPU, torch 2.13, one thread per run; the {trainings} trainings that were timed took
+{hours:.1f} hours of one core.
 
 **Scores.** Samples are drawn evenly over the classes. The judge is a small CNN trained on the
 labels of `shapes` (`lab/judge.py`); it shares nothing with the encoder. *Accuracy* is the fraction
@@ -318,8 +319,7 @@ SECTIONS = [
         times its floor and lower recall to 0 (copies leave its balls no radius), but accuracy
         stays at 1.000 and precision at .844; ten of each class have a lower Frechet distance in
         the judge, .32, than any samples in this file. So accuracy does not suffice, nor does
-        precision, which recoloring even raises, and distances need recall beside them; the
-        tables of the smaller models below were measured before these rulers. Among the
+        precision, which recoloring even raises, and distances need recall beside them. Among the
         distances, the judge's moves least when all images get the same colors, and that of the
         mean colors does not move in a blur. Permuted channels rightly change no score: `shapes`
         draws red, green and blue alike, so the result is a sample of the same distribution.""",
