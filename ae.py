@@ -13,7 +13,7 @@ Writes out/<preset>/ae.pt (self-describing), ae.tsv (the losses, every 50 steps)
 reconstructions.png (each image next to its reconstruction).  Stage 2 caches the latents in the same
 folder, see `load_latents`.
 """
-import contextlib, shutil, time
+import contextlib, math, shutil, time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,7 +81,7 @@ class Config:
     perceptual_net: str = field("encoder", "features it compares: those of the frozen encoder, of "
                                 "tiny or photos whatever --encoder is, or LPIPS on VGG16 (paper: "
                                 "lpips)", ("encoder", "tiny", "photos", "lpips"))
-    perceptual_shift: bool = field(False, "compare them on a grid of patches that moves at random")
+    perceptual_view: bool = field(False, "compare them after the same random rotation and zoom")
     gan: float = field(0.0, "weight of the PatchGAN loss (paper: 0.5)")
     gan_start: int = field(2500, "steps before the discriminator joins (paper: 2,501)")
     steps: int = field(700, "optimizer steps", also=["epochs", "iterations"])
@@ -126,7 +126,7 @@ PRESETS = {
                   warmup=5, save_every=10),
     # Ten classes of Tiny ImageNet. Not trained here; .58 CPU seconds a step.
     "photos": dict(data="tiny-imagenet", classes="easy-ten", size=64, encoder="photos", ch=24,
-                   steps=1200, batch=16, perceptual_shift=True),
+                   steps=1200, batch=16, perceptual_view=True),
     # The paper's sizes and optimizer at 256 px, on 9,469 images. Not trained here: no weights.
     "imagenette": dict(data="imagenette", size=256, crop="random", encoder="vits16plus",
                        residual_dim=8, enc_dim=384, enc_depth=6, enc_stem=0, ch=128,
@@ -397,13 +397,23 @@ def choose_perceptual(c, model, device):
                    load_dino(c.perceptual_net, device))
 
 
-def shifted(images, most, generator):
-    """Several batches of images (B, 3, S, S), all rolled down and to the right by the same random 0
-    to most - 1 pixels.  A perceptual loss that always cuts at the same places hardly sees a pattern
-    with the period of its patches.  Rolled, not padded or cropped: every pixel keeps its
-    weight, and the seam is the same in all of them."""
-    offset = torch.randint(most, (2,), generator=generator).tolist()
-    return [x.roll(offset, (2, 3)) for x in images]
+def same_view(images, generator):
+    """Several batches of images (B, 3, S, S), each image rotated by any angle, zoomed by 1/1.41 to
+    1.41 and moved by up to S / 8 at random, mirrored at its edges; alike in all the batches.
+
+    The perceptual loss of photographs needs it.  Where a decoder cannot know fine detail, one fixed
+    texture costs less than none: with a period of about 3 pixels, it raises the same features of
+    the frozen network.  Under random rotation and zoom no single texture does.
+    """
+    B = len(images[0])
+    angle, zoom, *move = config.rank_rows(torch.rand, B, 4, generator=generator).T
+    zoom, move = 2 ** (zoom - 0.5), torch.stack(move, 1) / 2 - 0.25      # (B,), (B, 2): half sides
+    cos, sin = zoom * (2 * math.pi * angle).cos(), zoom * (2 * math.pi * angle).sin()
+    turn = torch.stack([cos, -sin, sin, cos], 1).view(B, 2, 2)
+    where = torch.cat([turn, move[..., None]], 2).to(images[0].device)                 # (B, 2, 3)
+    grid = F.affine_grid(where, images[0].shape, align_corners=False)
+    return [F.grid_sample(x.float(), grid, padding_mode="reflection", align_corners=False)
+            for x in images]
 
 
 def alignment_loss(z, h, cosine_margin=0.5, distance_margin=0.25):
@@ -542,7 +552,7 @@ def train(c):
         x, g = batch(step)                                             # (B, 3, S, S)
         with autocast():
             y, kl, *aligned = network(x, g)
-            pair = shifted((y, x), model.patch, g) if c.perceptual_shift else (y, x)
+            pair = same_view((y, x), g) if c.perceptual_view else (y, x)
             perceptual = perceptual_distance(*pair) if c.perceptual else y.new_zeros(())
         # ---- EDIT HERE for ablations: the loss ----
         l1 = (y - x).abs().mean()

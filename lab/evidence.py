@@ -70,9 +70,9 @@ PRESETS = {
                   pretrain="--preset debug --keep 0,10", families="--preset debug",
                   encoders=(0, 10)),
     # Ten classes at 64 px; as many samples as images are held out. The pretraining only writes the
-    # random weights. Without a network: --ae "--preset photos --data FOLDER". Not run.
-    "photos": dict(ae="--preset photos", dit="--preset photos", n=500, kept=(300, 600, 1200, 1800),
-                   encoders=(),
+    # random weights. Without a network: --ae "--preset photos --steps 700 --data FOLDER".
+    "photos": dict(ae="--preset photos --steps 700", n=500, kept=(300, 600, 1250), encoders=(),
+                   dit="--preset photos --dim 192 --depth 4 --heads 6 --steps 1250",
                    pretrain="--preset photos --images 256 --steps 1 --warmup 0 --keep 0"),
 }
 
@@ -118,7 +118,9 @@ UNGUIDED = (("ab2", 10, 1.0),)
 BOTH = (("ab2", 10, 1.0), ("ab2", 10, 2.0))
 DUO, REST = ("svg", TUNED), ("dino", "unaligned", "vae", "vavae")     # these on photographs
 CONTROLS = ("encoder0", "encodertiny")
-PHOTOS = tuple(itertools.product(("ab2", "euler"), (1, 2, 3, 5, 10, 25), (1.0, 2.0)))
+PHOTOS = (*itertools.product(("euler",), (1, 2, 3, 5, 10, 25), (1.0,)),
+          *itertools.product(("ab2",), (2, 3, 5, 10, 25), (1.0,)),
+          *itertools.product(("ab2",), (3, 10, 25), (2.0,)))
 HEADLINE = tuple((sampler, steps, scale) for sampler in ("ab2", "euler")
                  for steps, scale in ((3, 1.0), (3, 2.0), (5, 3.0), (10, 1.0), (10, 3.0)))
 

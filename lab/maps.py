@@ -9,6 +9,7 @@ import torch
 import sample
 from ae import load_ae
 from data import load_images, shapes, to_float, to_uint8
+from flow import ab2, guided
 from lab import evidence
 from plumbing import config
 from plumbing.config import require
@@ -18,6 +19,7 @@ COLORS = ("#2f6fb7", "#e07b28", "#2c9a62", "#a8438f", "#d0342c", "#8c6d31", "#e3
           "#7f7f7f", "#bcbd22")                                   # one for each class
 NAMES = {"svg": "SVG", "dino": "DINO only", "unaligned": "DINO + residual, unaligned",
          evidence.PAIR[1]: "VAE"}
+DEFAULT, PHOTOS = ("svg", evidence.TUNED), evidence.DUO
 
 # ---------------------------------------------------------------- from features to the plane
 
@@ -62,16 +64,33 @@ def tsne(x, perplexity=30.0, steps=500):
         y = y + velocity
     return y
 
+
+
+def token_colors(z, patch):
+    """Tokens (n, C, h, w) -> their first three principal components over all n h w tokens as red,
+    green and blue, uint8 (n, 3, h patch, w patch)."""
+    n, _, h, w = z.shape
+    rgb = pca(z.permute(0, 2, 3, 1).flatten(0, 2), 3)                            # (n h w, 3)
+    low, high = rgb.quantile(0.02, 0), rgb.quantile(0.98, 0)
+    rgb = (((rgb - low) / (high - low)).clamp(0, 1) * 255).to(torch.uint8)
+    rgb = rgb.view(n, h, w, 3).permute(0, 3, 1, 2)
+    return rgb.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
 # ---------------------------------------------------------------- the figures
 
 
 def draw(models, assets):
-    """All three figures; models: folder of lab.evidence's models; assets: output folder."""
-    default = partial(draw_strip, models.parent / "full", latents=("svg", evidence.TUNED))
-    for name, figure in (("maps", partial(draw_maps, models)), ("steps", default),
-                         ("residual", partial(draw_residual, models))):
-        figure(assets / f"{name}.png")
-        print(f"wrote {assets / name}.png")
+    """All figures whose models are there; models: folder of lab.evidence's models; assets: output
+    folder."""
+    full, photos = (models.parent / preset for preset in ("full", "photos"))
+    for name, folder, figure in (
+            ("maps", models, draw_maps), ("residual", models, draw_residual),
+            ("steps", full, partial(draw_strip, latents=DEFAULT)),
+            ("steps-photos", photos, partial(draw_strip, latents=PHOTOS)),
+            ("parts", photos, draw_parts)):
+        if folder.is_dir():
+            figure(folder, assets / f"{name}.png")
+            print(f"wrote {assets / name}.png")
 
 
 def draw_maps(models, path, n=1000, side=300):
@@ -113,3 +132,19 @@ def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR)
         y = torch.arange(10)
         halves.append([sample.generate(model, decoder, y, k, 2.0, None, 0) for k in counts])
     save_grid(path, torch.cat([torch.cat(both) for both in zip(*halves)]), 20)
+
+
+def draw_parts(models, path):
+    """What DINO's tokens and the residual carry, of one generated picture per class: the picture,
+    the tokens' and the residual's principal components, and the picture decoded with one of the
+    two alone, the other at its mean."""
+    model, decoder = sample.load(models / "svg-0", "cpu")
+    y, (_, autocast) = torch.arange(10), config.setup("cpu")
+    noise, R = sample.draw_noise(model, decoder, len(y), 0), decoder.config.residual_dim
+    with autocast():
+        z = ab2(guided(model, y, model.classes, 2.0), noise, 10, model.sample_shift)
+        tokens, residual = z.clone(), z.clone()                             # means are zero
+        tokens[:, -R:], residual[:, :-R] = 0, 0
+        seen, alone, rest = (to_uint8(decoder.decode(x)) for x in (z, tokens, residual))
+    save_grid(path, torch.cat([seen, token_colors(z[:, :-R], decoder.patch),
+                               token_colors(z[:, -R:], decoder.patch), alone, rest]), len(y))

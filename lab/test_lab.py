@@ -401,7 +401,18 @@ def test_a_dit_of_another_width_reads_the_autoencoder_where_it_is(measured, monk
     row = evidence.measure_width(c, "svg", 112, 48, 0)
     assert row["parameters"] == 199360 and row["loss"] > 0
     maps.draw_strip(measured / "out/evidence/debug", measured / "strip.png", (1, 2), ("svg",))
-    assert (measured / "strip.png").is_file()
+    maps.draw_parts(measured / "out/evidence/debug", measured / "parts.png")
+    assert all((measured / f"{name}.png").is_file() for name in ("strip", "parts"))
+
+
+def test_tokens_that_differ_get_different_colors():
+    z = torch.zeros(2, 8, 2, 2)
+    z[0, :3, 0, 1], z[1, 2:6, 1], z[1, 7, 0] = 5.0, -3.0, 4.0     # one token, twice a pair of them
+    seen = maps.token_colors(z, 4)
+    assert seen.shape == (2, 3, 8, 8) and seen.dtype == torch.uint8
+    colors = seen[..., ::4, ::4].movedim(1, -1).reshape(8, 3)
+    assert [len(colors[k].unique(dim=0)) for k in ([0, 2, 3], [4, 5], [6, 7])] == [1, 1, 1]
+    assert len(colors.unique(dim=0)) == 4
 
 
 def test_report_numbers(tmp_path):

@@ -225,26 +225,28 @@ def test_photographs_get_the_encoder_of_photographs(embedded, photos, tmp_path, 
     assert ae.load_ae(tmp_path / "made/ae.pt").dino.config.stem_norm
 
 
-def test_the_perceptual_loss_may_move_its_grid_of_patches():
+def test_the_perceptual_loss_may_look_through_random_views():
     g = partial(config.generator, 0)
+    x = torch.linspace(-1, 1, 64).expand(200, 3, 64, 64)             # brighter to the right
+    net, (a, b) = load_dino("tiny"), ae.same_view((x, 1 - x), g())
+    assert torch.allclose(b, 1 - a, atol=1e-5) and a.abs().max() <= 1.0001       # the same view
+    down, right = a[:, 0, 33, 32] - a[:, 0, 31, 32], a[:, 0, 32, 33] - a[:, 0, 32, 31]
+    angle, zoom = torch.atan2(down, right), torch.hypot(down, right) * 63 / 4
+    assert 0.7 < zoom.quantile(0.05) < 0.8 and 1.25 < zoom.quantile(0.95) < 1.42
+    assert all(20 < n < 80 for n in angle.histc(4, -math.pi, math.pi))           # any angle
+    assert 0.1 < a[:, 0, 31:33, 31:33].mean((1, 2)).abs().max() < 0.27           # up to 1/8
     x, y = torch.rand(2, 2, 3, 32, 32, generator=g()) * 2 - 1
-    net, seen = load_dino("tiny"), set()
-    for step in range(40):
-        a, b = ae.shifted((x, y), 8, g(step))
-        (down, right), = [(d, r) for d in range(8) for r in range(8)         # once, and below 8
-                          if torch.equal(a, x.roll((d, r), (2, 3)))]
-        assert torch.equal(b, y.roll((down, right), (2, 3)))
-        seen.add((down, right))
-    assert len(seen) > 20 and torch.equal(a, ae.shifted((x, y), 8, g(step))[0])
-    assert ae.perceptual_loss(net, *ae.shifted((x, x.clone()), 8, g())) == 0
+    a, b = ae.same_view((x, y), g(1))
+    assert torch.equal(a, ae.same_view((x, y), g(1))[0]) and not torch.equal(a[0], a[1])
+    assert ae.perceptual_loss(net, *ae.same_view((x, x.clone()), g())) == 0
     assert ae.perceptual_loss(net, a, b) != ae.perceptual_loss(net, x, y)
 
 
-def test_the_default_has_no_moving_grid(tmp_path, monkeypatch):
+def test_the_default_compares_the_images_themselves(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(ae, "shifted", lambda images, most, g: drawn.append(most) or images)
+    monkeypatch.setattr(ae, "same_view", lambda images, g: drawn.append(len(images)) or images)
     monkeypatch.setattr(ae, "evaluate", lambda c, model, *_: model)
-    for flags, expected in (([], []), (["--perceptual_shift"], [8, 8])):
+    for flags, expected in (([], []), (["--perceptual_view"], [2, 2])):
         result = call(ae, "--preset", "debug", "--images", 32, "--steps", 2, "--warmup", 1, *flags,
                       "--out", f"x{len(flags)}", cwd=tmp_path)
         assert result.returncode == 0 and drawn == expected, result.stderr
