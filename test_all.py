@@ -1361,7 +1361,7 @@ def test_the_perceptual_net_can_be_fixed():
     tiny = ae.perceptual_loss(dino.load_dino("tiny"), y, x)
     for encoder in (other, dino.load_dino("tiny")):
         model = ae.AutoEncoder(ae.Config(**ae.PRESETS["debug"]), encoder)
-        fixed, own = (ae.choose_perceptual(ae.Config(perceptual_net=net), model, "cpu")(y, x)
+        fixed, own = (ae.choose_perceptual(ae.Config(perceptual_net=net), model, "cpu")(y, x, None)
                       for net in ("tiny", "encoder"))
         assert torch.equal(fixed, tiny)
         assert torch.equal(own, ae.perceptual_loss(encoder, y, x))

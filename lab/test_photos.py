@@ -246,12 +246,18 @@ def test_the_default_compares_the_images_themselves(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(ae, "same_view", lambda images, g: drawn.append(len(images)) or images)
     monkeypatch.setattr(ae, "evaluate", lambda c, model, *_: model)
-    for flags, expected in (([], []), (["--perceptual_view"], [2, 2])):
-        result = call(ae, "--preset", "debug", "--images", 32, "--steps", 2, "--warmup", 1, *flags,
-                      "--out", f"x{len(flags)}", cwd=tmp_path)
+    for view, expected in (("auto", []), ("yes", [2, 2])):
+        result = call(ae, "--preset", "debug", "--images", 32, "--steps", 2, "--warmup", 1,
+                      "--perceptual_view", view, "--out", view, cwd=tmp_path)
         assert result.returncode == 0 and drawn == expected, result.stderr
-    tables = [(tmp_path / f"x{n}/ae.tsv").read_text() for n in (0, 1)]
+    tables = [(tmp_path / view / "ae.tsv").read_text() for view in ("auto", "yes")]
     assert tables[0] == tables[1]                                # nothing else changes
+    for view, expected in (("auto", [2]), ("no", [])):           # of photographs
+        drawn.clear()
+        c = ae.Config(data="pictures", perceptual_view=view)
+        ae.choose_perceptual(c, SimpleNamespace(dino=load_dino("tiny")), "cpu")(
+            *torch.zeros(2, 2, 3, 32, 32), None)
+        assert drawn == expected
 
 
 def test_the_presets_of_photographs_are_one_run():
