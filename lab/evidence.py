@@ -28,7 +28,7 @@ from data import FACTORS, hue_classes, load_images, shapes, to_float, to_uint8
 from dino import load_dino
 from dit import DiT, load_dit, resolve_shift
 from flow import ab2, euler, flow_loss, guided
-from lab import edit, pretrain, spectrum
+from lab import edit, judge, pretrain, spectrum
 from metrics import extract, knn, linear_classes, linear_probe, memorization, psnr, ssim
 from plumbing import config
 from plumbing.config import UserError, field, require
@@ -48,6 +48,7 @@ class Config:
     ae: str = field("", "flags of ae.py, as one string")
     dit: str = field("", "flags of dit.py, as one string")
     pretrain: str = field("", "flags of lab.pretrain, as one string")
+    judge: str = field("--size 64 --steps 2000 --width 16", "flags of lab.judge, for a second one")
     families: str = field("--batch 128 --steps 2000", "the same, for an encoder of one factor")
     kept: tuple = field((), "steps whose DiT is kept; the last is the one that is scored")
     encoders: tuple = field((), "pretraining steps after which the encoder is tested")
@@ -201,10 +202,11 @@ EXPERIMENTS = {
     "editing": Experiment("Figure 10: change the class inside a mask", dict(editing=("svg",))),
     "photos": Experiment(
         "photographs, with --preset photos like all below: few steps, reconstruction, copies",
-        dict(generation=DUO, latents=DUO + ("pixels",), spectra=DUO, memorization=DUO), PHOTOS),
+        dict(generation=DUO, latents=DUO + ("pixels",), spectra=DUO, memorization=DUO,
+                    judges=DUO), PHOTOS),
     "photos_controls": Experiment(
         "SVG on random weights and on the encoder of shapes, the same perceptual network",
-        dict(generation=CONTROLS, latents=CONTROLS, spectra=CONTROLS), PHOTOS),
+        dict(generation=CONTROLS, latents=CONTROLS, spectra=CONTROLS, judges=CONTROLS), PHOTOS),
     "photos_baselines": Experiment(
         "the other latents of photographs", dict(generation=REST + ("vae:repa",), latents=REST,
                                                  spectra=REST), PHOTOS),
@@ -283,6 +285,7 @@ def tables(folder):
                  "psnr_outside_plain psnr_outside_to_plain"),
         memorization=("preset latent dit seed", "n conv_median conv_near judge_median judge_near "
                       "pixels_median pixels_near"),
+        judges=("preset latent dit seed", "n accuracy frechet"),
         cost=("preset stage latent dit seed", "seconds"))
     return {name: Table(folder, name, *columns) for name, columns in layout.items()}
 
@@ -418,17 +421,18 @@ def stage2(c, latent, kind, seed):
 
 
 @functools.cache
-def scorer(data="shapes", classes="", size=32):
+def scorer(data="shapes", classes="", size=32, folder="."):
     """The rulers and their view of a data set's real images, once per process."""
     names = load_images(data, size, classes=classes)[2]
     return sample.Scorer(SimpleNamespace(config=SimpleNamespace(data=data, classes=classes),
-                                         image_size=size, class_names=names), "cpu")
+                                         image_size=size, class_names=names), "cpu", folder=folder)
 
 
-def scorer_of(about):
-    """The scorer of an ae.Config's images, which are the same for both classes of `shapes`."""
+def scorer_of(about, folder="."):
+    """The scorer of an ae.Config's images, which are the same for both classes of `shapes`, with
+    the judge in a folder if there is one."""
     data = "shapes" if about.data == "shapes-color" else about.data
-    return scorer(data, about.classes, about.size)
+    return scorer(data, about.classes, about.size, folder)
 
 
 def color_classes(images):
@@ -563,6 +567,20 @@ def measure_generation(c, latent, dit, seed, trained, sampler, steps, scale, shi
     return scores(images, labels, decoder.config)
 
 
+def measure_judges(c, latent, dit, seed):
+    """Samples of ten guided steps under a second judge: another seed, two thirds of the width."""
+    about, folder = settings(c), Path(c.out) / c.preset / "judge2"
+    with file_lock(folder):                        # another terminal may need it too
+        if not (folder / "judge.pt").is_file():
+            classes = ("--classes", about.classes) if about.classes else ()
+            command(judge, c.judge, 1, folder, "--data", about.data, *classes)
+    model, decoder = sample.load(stage2(c, latent, dit, seed), "cpu")
+    labels = sample.balanced_labels(list(range(model.classes)), c.n)
+    images = sample.generate(model, decoder, labels, 10, 2.0, seed=seed)
+    found = scorer_of(decoder.config, str(folder))(images, labels)
+    return {name: found[name] for name in ("n", "accuracy", "frechet")}
+
+
 def measure_memorization(c, latent, dit, seed):
     """metrics.memorization of samples of ten steps without guidance, which may copy an image or its
     mirror image: in random convolutions, in the judge's features, in pixels.  The held-out images
@@ -670,7 +688,7 @@ def measure_editing(c, latent, seed):
 MEASURES = dict(rulers=measure_rulers, latents=measure_latents, dense=measure_dense,
                 generation=measure_generation, paths=measure_paths, encoders=measure_encoders,
                 width=measure_width, editing=measure_editing, spectra=measure_spectra,
-                memorization=measure_memorization)
+                memorization=measure_memorization, judges=measure_judges)
 
 
 def main(argv=None):

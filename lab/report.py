@@ -303,13 +303,15 @@ def photographs(title, finding, label, rows, columns, command, latent, table="ge
 
 
 def by_steps(latents):
-    """Rows and columns of photographs: few steps of both samplers, with guidance and without."""
+    """Rows and columns of photographs: few steps of both samplers, of one also with guidance."""
     few = (1, 2, 3, 5, 10, 25)
-    rows = cross(latents, [(name, dict(sampler=name)) for name in ("euler", "ab2")], GUIDED)
-    return rows, [(f"{name}, {k} steps", "generation", column, digits, dict(steps=k))
-                  for name, column, digits, shown in (
-                      ("random conv", "conv", 1, few), ("Frechet", "frechet", 2, few),
-                      ("accuracy", "accuracy", 3, (3, 25))) for k in shown]
+    how = [(f"{name} | {w:g}", dict(sampler=name, scale=w))
+           for name, w in (("euler", 1.0), ("ab2", 1.0), ("ab2", 2.0))]
+    return cross(latents, how), [
+        (f"{name}, {k} steps", "generation", column, digits, dict(steps=k))
+        for name, column, digits, shown in (
+            ("random conv", "conv", 1, few), ("Frechet", "frechet", 2, few),
+            ("accuracy", "accuracy", 3, (3, 25))) for k in shown]
 
 
 SECTIONS = [
@@ -694,6 +696,13 @@ SECTIONS = [
     photographs("during training", "", "training steps | latent | guidance",
                 cross([(f"{k:,}", dict(trained=k)) for k in KEPT], DUO, GUIDED),
                 scores(), "photos_training", evidence.TUNED, trained=300),
+    photographs(
+        "a second judge", "", "latent", DUO + named(*evidence.CONTROLS),
+        [(f"{head}, {which} judge", table, column, digits, key)
+         for which, table, key in (("first", "generation", dict(sampler="ab2", scale=2.0)),
+                                   ("second", "judges", {}))
+         for head, column, digits in (("accuracy", "accuracy", 3), ("Frechet", "frechet", 2))],
+        "photos photos_controls", "svg", "judges"),
     photographs("memorization", "", "latent", DUO,
                 [(f"{name}: {what}", "memorization", f"{column}_{end}", 3, {})
                  for name, column in (("random conv", "conv"), ("judge", "judge"),

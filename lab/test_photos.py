@@ -340,6 +340,13 @@ def test_photographs_are_measured_by_the_rulers_of_their_own_data_set(tested, ph
         row = evidence.measure_memorization(tested, "svg", "base", 0)
     assert {row[f"{k}_{end}"] for k in ("conv", "pixels") for end in ("median", "near")} == {1.0}
 
+    tested.judge = "--size 32 --steps 2 --width 8 --batch 8"
+    row, made = evidence.measure_judges(tested, "svg", "base", 0), "out/evidence/debug/judge2"
+    second = sample.Scorer(decoder, folder=made)
+    assert config.load(made + "/judge.pt")["config"]["width"] == 8 and second.judge is not None
+    found = second(sample.generate(model, decoder, labels, 10, 2.0), labels)
+    assert row == {name: found[name] for name in ("n", "accuracy", "frechet")}
+
 
 def test_the_controls_share_all_but_the_encoder(tested, photos, monkeypatch):
     ran = []
