@@ -70,11 +70,11 @@ PRESETS = {
     "debug": dict(ae="--preset debug", dit="--preset debug", seeds=(0,), n=40, kept=(10, 20),
                   pretrain="--preset debug --keep 0,10", families="--preset debug",
                   encoders=(0, 10)),
-    # Ten classes at 64 px; as many samples as images are held out. The pretraining only writes the
-    # random weights. Without a network: --ae "--preset photos --steps 700 --data FOLDER".
-    "photos": dict(ae="--preset photos --steps 700", n=500, kept=(300, 600, 1250), encoders=(),
+    # Ten classes at 64 px; as many samples as images are held out.
+    # Without a network: --ae "--preset photos --steps 700 --data FOLDER".
+    "photos": dict(ae="--preset photos --steps 700", n=500, kept=(300, 600, 1250),
                    dit="--preset photos --dim 192 --depth 4 --heads 6 --steps 1250",
-                   pretrain="--preset photos --images 256 --steps 1 --warmup 0 --keep 0"),
+                   pretrain="--preset photos --keep 0,400,1200", encoders=(0, 400, 1200)),
 }
 
 
@@ -210,6 +210,10 @@ EXPERIMENTS = {
     "photos_baselines": Experiment(
         "the other latents of photographs", dict(generation=REST + ("vae:repa",), latents=REST,
                                                  spectra=REST), PHOTOS),
+    "photos_dose": Experiment(
+        "how semantic must the encoder be? checkpoints of its pretraining",
+        dict(latents=(name := ("encoder*", "svg")), generation=name),
+        (("euler", 3, 1.0), ("euler", 25, 1.0), *BOTH)),
     "photos_training": Experiment(
         "photographs during training", dict(generation=DUO), BOTH, kept=True),
 }

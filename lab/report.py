@@ -693,6 +693,15 @@ SECTIONS = [
                 "photos photos_baselines", evidence.TUNED, steps=3),
     photographs("controls", "", "latent | sampler | guidance",
                 *by_steps(DUO + named(*evidence.CONTROLS)), "photos_controls", "encoder0"),
+    photographs(
+        "how semantic must the encoder be?", "", "encoder of SVG",
+        [(f"pretrained for {k:,} steps" if k else "random weights", dict(latent=f"encoder{k}"))
+         for k in evidence.PRESETS["photos"]["encoders"]]
+        + [("pretrained for 3,200 steps", dict(latent="svg"))],
+        (("kNN, mean token", "latents", "knn", 3, {}), PSNR,
+         ("Frechet, 3 Euler steps", "generation", "frechet", 2, dict(sampler="euler", steps=3)),
+         ("25", "generation", "frechet", 2, dict(sampler="euler", steps=25)),
+         *scores(), *scores(", w = 2", scale=2.0)), "photos_dose", "encoder400", "latents"),
     photographs("during training", "", "training steps | latent | guidance",
                 cross([(f"{k:,}", dict(trained=k)) for k in KEPT], DUO, GUIDED),
                 scores(), "photos_training", evidence.TUNED, trained=300),
