@@ -59,6 +59,8 @@ class Config:
     latent: str = field("svg", "svg; dino: no residual; unaligned: residual not matched; vae: a "
                         "KL-VAE built from the same networks", ("svg", "dino", "unaligned", "vae"))
     residual_dim: int = field(16, "channels of the residual (paper: 8)")
+    residual_gain: float = field(1.0, "factor on the residual at the decoder's input, where its "
+                                 "channels are few beside the encoder's (paper: 1)")
     mask_prob: float = field(0.1, "probability that a sample trains without residual (code: .1)")
     layer: int = field(0, "the encoder's block whose tokens are used; 0: the last (paper: last)")
     normalize: str = field("channel", "divide the latents by each channel's standard deviation or "
@@ -110,6 +112,7 @@ class Config:
                                 noise=0).items():
             require(getattr(self, name) >= least, f"--{name} must be at least {least}")
         require(0 <= self.mask_prob < 1, "--mask_prob must be in [0, 1)")
+        require(self.residual_gain > 0, "--residual_gain must be positive")
         require(self.ch % 8 == 0, "--ch must be a multiple of 8")
         require(self.enc_dim % 32 == 0, "--enc_dim must be a multiple of 32")
         require(not self.align or self.latent == "vae", "--align needs --latent vae")
@@ -127,7 +130,7 @@ PRESETS = {
                   warmup=5, save_every=10),
     # Ten classes of Tiny ImageNet. Not trained here; .58 CPU seconds a step.
     "photos": dict(data="tiny-imagenet", classes="easy-ten", size=64, encoder="photos", ch=24,
-                   steps=1200, batch=16),
+                   steps=1200, batch=16, residual_gain=16.0),
     # The paper's sizes and optimizer at 256 px, on 9,469 images. Not trained here: no weights.
     "imagenette": dict(data="imagenette", size=256, crop="random", encoder="vits16plus",
                        residual_dim=8, enc_dim=384, enc_depth=6, enc_stem=0, ch=128,
@@ -292,6 +295,10 @@ class AutoEncoder(nn.Module):
         self.decoder = Decoder(self.latent_dim, c.ch, c.mult, c.res_blocks)
         if c.align:                      # last, so that the other weights start as without it
             self.align = nn.Linear(c.vae_dim, encoder.dim, bias=False)
+        gain = torch.ones(self.latent_dim, 1, 1)
+        if c.latent in ("svg", "unaligned"):
+            gain[encoder.dim:] = c.residual_gain
+        self.register_buffer("gain", gain, persistent=False)
         self.register_buffer("mean", torch.zeros(self.latent_dim, 1, 1))
         self.register_buffer("std", torch.ones(self.latent_dim, 1, 1))
 
@@ -361,7 +368,7 @@ class AutoEncoder(nn.Module):
             sigma = self.config.noise * draw(len(tokens), 1, 1).abs()
             std = config.all_rows(tokens.detach()).std((0, 1))
             tokens = tokens + sigma * std * draw(*tokens.shape)
-        return self.decoder(self.grid(tokens, images)).float(), kl, *aligned
+        return self.decoder(self.gain * self.grid(tokens, images)).float(), kl, *aligned
 
     @torch.no_grad()
     def encode(self, images):
@@ -371,7 +378,8 @@ class AutoEncoder(nn.Module):
     @torch.no_grad()
     def decode(self, latents):
         """latents (B, C, h, w) -> images (B, 3, H, W), clamped to [-1, 1]"""
-        return self.decoder(latents.float() * self.std + self.mean).float().clamp(-1, 1)
+        raw = latents.float() * self.std + self.mean
+        return self.decoder(self.gain * raw).float().clamp(-1, 1)
 
 # ---------------------------------------------------------------- losses
 

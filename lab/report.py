@@ -216,7 +216,7 @@ def effects(N, text):
 
 
 NAMES = {"svg": "SVG", VAE: "VAE", "vavae": "VA-VAE", "dino": "DINO only",
-         "unaligned": "DINO + residual, unaligned", "encoder0": "SVG on a random encoder",
+         "unaligned": "DINO + residual, unaligned", "gain1": "SVG, gain 1", "encoder0": "SVG on a random encoder",
          "encodertiny": "SVG on the encoder of shapes", "pixels": "raw pixels"}
 named = lambda *latents: [(NAMES[z], dict(latent=z)) for z in latents]
 PAIR = named(*evidence.PAIR)
@@ -701,6 +701,9 @@ SECTIONS = [
                 "photos photos_baselines", evidence.TUNED, steps=3),
     photographs("controls", "", "latent | sampler | guidance",
                 *by_steps(DUO + named(*evidence.CONTROLS)), "photos_controls", "encoder0"),
+    photographs(
+        "a residual the decoder hears", "", "latent | sampler | guidance",
+        *by_steps(named("gain1", "svg")), "photos_gain", "gain1"),
     photographs(
         "how semantic must the encoder be?", "", "encoder of SVG",
         [(f"pretrained for {k:,} steps" if k else "random weights", dict(latent=f"encoder{k}"))

@@ -260,6 +260,25 @@ def test_the_default_compares_the_images_themselves(tmp_path, monkeypatch):
         assert drawn == expected
 
 
+@pytest.mark.parametrize("latent", ["svg", "unaligned", "dino", "vae"])
+def test_the_decoder_may_get_a_louder_residual(latent):
+    usual, loud = (ae.AutoEncoder(ae.Config(**ae.PRESETS["debug"], latent=latent, residual_gain=k),
+                                  load_dino("tiny")).eval() for k in (1.0, 4.0))
+    loud.load_state_dict(usual.state_dict())
+    x = torch.rand(2, 3, 32, 32, generator=config.generator(0)) * 2 - 1
+    a, b = usual.encode(x), loud.encode(x)
+    assert torch.equal(a, b)                                    # what the DiT learns is the same
+    if latent in ("svg", "unaligned"):
+        a[:, -16:] *= 4
+        assert not torch.allclose(usual.decode(b), loud.decode(b), atol=1e-3)
+    assert torch.allclose(usual.decode(a), loud.decode(b), atol=1e-5)
+    again = loud.train()(x, config.generator(0))[0]
+    if latent != "vae":                                         # the same path in training
+        loud.gain.fill_(1)
+        same = torch.equal(again, loud(x, config.generator(0))[0])
+        assert same == (latent == "dino")
+
+
 def test_the_presets_of_photographs_are_one_run():
     a, d, s = (config.parse(m.Config, m.PRESETS, ["--preset", "photos"]) for m in (ae, dit, sample))
     assert a.out == d.out == s.out == "out/photos" and a.encoder == "photos" and a.size == 64
