@@ -118,7 +118,7 @@ EVERY = ("encoder*", "encodershape", "encodercolor", "svg")      # encoder*: all
 CHANGES = ("untouched", "permuted", "recolored", "ten", "three", "blurred")
 UNGUIDED = (("ab2", 10, 1.0),)
 BOTH = (("ab2", 10, 1.0), ("ab2", 10, 2.0))
-DUO, REST = ("svg", TUNED), ("dino", "unaligned", "vae", "vavae")     # these on photographs
+DUO, REST = ("svg", "vae"), ("dino", "unaligned", TUNED, "vavae")     # these on photographs
 CONTROLS = ("encoder0", "encodertiny")
 PHOTOS = (*itertools.product(("euler",), (1, 2, 3, 5, 10, 25), (1.0,)),
           *itertools.product(("ab2",), (2, 3, 5, 10, 25), (1.0,)),

@@ -452,7 +452,7 @@ def test_report_numbers(tmp_path):
         "| held-out images | | | | 0.5 | .500 | 0.50 | .500 |"]
     later = "**Not measured yet**: reconstruction and ten steps; few steps; controls; "
     assert later in text
-    table.add(preset="photos", latent=evidence.TUNED, dit="base", seed=0, trained=20,
+    table.add(preset="photos", latent="vae", dit="base", seed=0, trained=20,
               sampler="euler", steps=3, scale=1.0, shift="-", n=50,
               **dict.fromkeys(evidence.SCORES.split(), 0.25) | dict(factors="-"))
     text = report.results(report.Numbers(tmp_path, "small"))
@@ -460,7 +460,7 @@ def test_report_numbers(tmp_path):
     assert text.index("(5) VA-VAE") < text.index("memorization.\n\n## Photographs: few steps")
     assert ("| latent | sampler | guidance | random conv, 3 steps | Frechet, 3 steps | accuracy, "
             "3 steps |\n| --- | --: | --: | --: | --: | --: |\n"
-            "| VAE, 8 channels | euler | 1 | 0.2 | 0.25 | .250 |\n") in text
+            "| VAE, 16 channels | euler | 1 | 0.2 | 0.25 | .250 |\n") in text
     text = "a\n<!-- headline -->\nold\n<!-- /headline -->\nb"
     assert report.fill(text, "headline", "new") == text.replace("old", "new")
     assert report.fill("none", "headline", "new") == "none"
