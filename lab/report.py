@@ -217,7 +217,8 @@ def effects(N, text):
 
 NAMES = {"svg": "SVG", VAE: "VAE", "vavae": "VA-VAE", "dino": "DINO only",
          "unaligned": "DINO + residual, unaligned", "gain1": "SVG, gain 1",
-         "encoder0": "SVG on a random encoder", "encodertiny": "SVG on the encoder of shapes", "pixels": "raw pixels"}
+         "encoder0": "SVG on a random encoder", "encodertiny": "SVG on the encoder of shapes",
+         "pixels": "raw pixels"}
 named = lambda *latents: [(NAMES[z], dict(latent=z)) for z in latents]
 PAIR = named(*evidence.PAIR)
 HEADLINE = [("SVG", dict(latent="svg")), ("VAE, 16 channels", dict(latent="vae")),
