@@ -317,7 +317,7 @@ def by_steps(latents):
     how = [(f"{name} | {w:g}", dict(sampler=name, scale=w))
            for name, w in (("euler", 1.0), ("ab2", 1.0), ("ab2", 2.0))]
     return cross(latents, how), [
-        (f"{name}, {k} steps", "generation", column, digits, dict(steps=k))
+        (f"{name}, {k} step{'s' * (k > 1)}", "generation", column, digits, dict(steps=k))
         for name, column, digits, shown in (
             ("random conv", "conv", 1, few), ("Frechet", "frechet", 2, few),
             ("accuracy", "accuracy", 3, (3, 25))) for k in shown]
@@ -693,7 +693,7 @@ SECTIONS = [
              "are those without an interruption. Writing the latent cache counted as stage 1.*"),
     photographs(
         "reconstruction and ten steps", "", "latent",
-        [*PHOTOS, *named(*evidence.CONTROLS), ("held-out images", dict(latent="pixels"))],
+        [*PHOTOS, *named("gain1", *evidence.CONTROLS), ("held-out images", dict(latent="pixels"))],
         (PSNR, SSIM, ("kNN, mean token", "latents", "knn", 3, {}), LINEAR,
          *((f"decoded {head}", *column) for head, *column in rulers(steps="decoded")[:5]),
          *scores(", w = 2", scale=2.0)),
