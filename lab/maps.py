@@ -2,6 +2,7 @@
 them from the trained models of lab.evidence."""
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -80,14 +81,14 @@ def token_colors(z, patch):
 
 
 def draw(models, assets):
-    """All figures whose models are there; models: folder of lab.evidence's models; assets: output
-    folder."""
+    """All figures whose models are there: lab.evidence's in the folder `models`, and those of
+    `--preset photos` in out/photos; assets: output folder."""
     full, photos = (models.parent / preset for preset in ("full", "photos"))
     for name, folder, figure in (
             ("maps", models, draw_maps), ("residual", models, draw_residual),
             ("steps", full, partial(draw_strip, latents=DEFAULT)),
             ("steps-photos", photos, partial(draw_strip, latents=PHOTOS)),
-            ("parts", photos, draw_parts)):
+            ("parts", Path("out/photos"), draw_parts)):
         if folder.is_dir():
             figure(folder, assets / f"{name}.png")
             print(f"wrote {assets / name}.png")
@@ -134,11 +135,11 @@ def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR)
     save_grid(path, torch.cat([torch.cat(both) for both in zip(*halves)]), 20)
 
 
-def draw_parts(models, path):
+def draw_parts(run, path):
     """What DINO's tokens and the residual carry, of one generated picture per class: the picture,
-    the tokens' and the residual's principal components, and the picture decoded with one of the
-    two alone, the other at its mean."""
-    model, decoder = sample.load(models / "svg-0", "cpu")
+    the tokens' and the residual's principal components, and the picture decoded from either of the
+    two, the other at its mean.  run: a folder with ae.pt and dit.pt."""
+    model, decoder = sample.load(run, "cpu")
     y, (_, autocast) = torch.arange(10), config.setup("cpu")
     noise, R = sample.draw_noise(model, decoder, len(y), 0), decoder.config.residual_dim
     with autocast():

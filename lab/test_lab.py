@@ -401,7 +401,7 @@ def test_a_dit_of_another_width_reads_the_autoencoder_where_it_is(measured, monk
     row = evidence.measure_width(c, "svg", 112, 48, 0)
     assert row["parameters"] == 199360 and row["loss"] > 0
     maps.draw_strip(measured / "out/evidence/debug", measured / "strip.png", (1, 2), ("svg",))
-    maps.draw_parts(measured / "out/evidence/debug", measured / "parts.png")
+    maps.draw_parts(measured / "out/evidence/debug/svg-0", measured / "parts.png")
     assert all((measured / f"{name}.png").is_file() for name in ("strip", "parts"))
 
 
