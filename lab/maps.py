@@ -66,7 +66,6 @@ def tsne(x, perplexity=30.0, steps=500):
     return y
 
 
-
 def token_colors(z, patch):
     """Tokens (n, C, h, w) -> their first three principal components over all n h w tokens as red,
     green and blue, uint8 (n, 3, h patch, w patch)."""
