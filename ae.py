@@ -59,9 +59,8 @@ class Config:
     latent: str = field("svg", "svg; dino: no residual; unaligned: residual not matched; vae: a "
                         "KL-VAE built from the same networks", ("svg", "dino", "unaligned", "vae"))
     residual_dim: int = field(16, "channels of the residual (paper: 8)")
-    residual_gain: float = field(0.0, "factor on the residual at the decoder's input, where its "
-                                 "channels are few beside the encoder's (paper: 1); 0: 16 for "
-                                 "photographs, else 1")
+    residual_gain: float = field(1.0, "factor on the residual at the decoder's input, where its "
+                                 "channels are few beside the encoder's (paper: 1)")
     mask_prob: float = field(0.1, "probability that a sample trains without residual (code: .1)")
     layer: int = field(0, "the encoder's block whose tokens are used; 0: the last (paper: last)")
     normalize: str = field("channel", "divide the latents by each channel's standard deviation or "
@@ -110,9 +109,10 @@ class Config:
         check_training(self)
         for name, least in dict(size=8, images=0, residual_dim=1, muon=0, vae_dim=1, layer=0, ch=8,
                                 enc_dim=32, perceptual=0, gan=0, kl=0, align=0, clip=0,
-                                noise=0, residual_gain=0).items():
+                                noise=0).items():
             require(getattr(self, name) >= least, f"--{name} must be at least {least}")
         require(0 <= self.mask_prob < 1, "--mask_prob must be in [0, 1)")
+        require(self.residual_gain > 0, "--residual_gain must be positive")
         require(self.ch % 8 == 0, "--ch must be a multiple of 8")
         require(self.enc_dim % 32 == 0, "--enc_dim must be a multiple of 32")
         require(not self.align or self.latent == "vae", "--align needs --latent vae")
@@ -133,10 +133,10 @@ PRESETS = {
                    steps=1200, batch=16),
     # The paper's sizes and optimizer at 256 px, on 9,469 images. Not trained here: no weights.
     "imagenette": dict(data="imagenette", size=256, crop="random", encoder="vits16plus",
-                       residual_dim=8, residual_gain=1.0, enc_dim=384, enc_depth=6, enc_stem=0,
-                       ch=128, mult=(1, 1, 2, 2, 4), res_blocks=2, perceptual=1.0,
-                       perceptual_net="lpips", gan=0.5, gan_start=2501, steps=20000, batch=32,
-                       lr=1e-4, warmup=0, muon=0.0, decay=False, beta1=0.5, beta2=0.9, clip=0.0,
+                       residual_dim=8, enc_dim=384, enc_depth=6, enc_stem=0, ch=128,
+                       mult=(1, 1, 2, 2, 4), res_blocks=2, perceptual=1.0, perceptual_net="lpips",
+                       gan=0.5, gan_start=2501, steps=20000, batch=32, lr=1e-4, warmup=0,
+                       muon=0.0, decay=False, beta1=0.5, beta2=0.9, clip=0.0,
                        save_every=1000),
 }
 
@@ -297,7 +297,7 @@ class AutoEncoder(nn.Module):
             self.align = nn.Linear(c.vae_dim, encoder.dim, bias=False)
         gain = torch.ones(self.latent_dim, 1, 1)
         if c.latent in ("svg", "unaligned"):
-            gain[encoder.dim:] = c.residual_gain or (1.0 if c.data in DRAWN else 16.0)
+            gain[encoder.dim:] = c.residual_gain
         self.register_buffer("gain", gain, persistent=False)
         self.register_buffer("mean", torch.zeros(self.latent_dim, 1, 1))
         self.register_buffer("std", torch.ones(self.latent_dim, 1, 1))

@@ -277,9 +277,6 @@ def test_the_decoder_may_get_a_louder_residual(latent):
         loud.gain.fill_(1)
         same = torch.equal(again, loud(x, config.generator(0))[0])
         assert same == (latent == "dino")
-    photos, drawn = (ae.AutoEncoder(ae.Config(**ae.PRESETS["debug"], latent=latent, data=data),
-                                    load_dino("tiny")).gain.max() for data in ("mine", "shapes"))
-    assert (photos, drawn) == (1 if latent in ("dino", "vae") else 16, 1)
 
 
 def test_the_presets_of_photographs_are_one_run():
