@@ -128,7 +128,7 @@ PRESETS = {
     # 2 CPU cores, 6 s: barely trained, but writes every file.
     "debug": dict(images=1000, steps=20, batch=16, ch=16, enc_dim=32, enc_depth=1, enc_stem=8,
                   warmup=5, save_every=10),
-    # Ten classes of Tiny ImageNet. Not trained here; .58 CPU seconds a step.
+    # Ten classes of Tiny ImageNet. One CPU core, seed 0, 10 min: 19.5 dB, SSIM .469.
     "photos": dict(data="tiny-imagenet", classes="easy-ten", size=64, encoder="photos", ch=24,
                    steps=1200, batch=16),
     # The paper's sizes and optimizer at 256 px, on 9,469 images. Not trained here: no weights.

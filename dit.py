@@ -104,8 +104,9 @@ PRESETS = {
     # 2 CPU cores, 3 s: barely trained, but writes every file.
     "debug": dict(dim=128, depth=1, heads=4, steps=20, batch=32, warmup=5, save_every=10,
                   preview_every=20),
-    # 64 tokens. Not trained here; .76 CPU seconds a step.
-    "photos": dict(dim=256, depth=6, heads=4, steps=1800),
+    # 64 tokens. One CPU core, seed 0, 55 min; 10 steps, guidance 2: accuracy .844, Frechet 5.24,
+    # random conv 35.1; of decode(encode(x)): .682, 5.44, 24.8.
+    "photos": dict(dim=256, depth=6, heads=4, steps=4500),
     # The paper's optimizer and shifts, its size B. Not trained here: no weights, no photographs.
     "imagenette": dict(model="B", shift="2.5", sample_shift="6.67", steps=40000, batch=256,
                        lr=1e-4, muon=0.0, warmup=0, decay=False, beta2=0.999, clip=0.0, ema=0.9999,

@@ -302,6 +302,13 @@ of `--data tiny-imagenet`. The models are smaller than those of `--preset photos
 wide, 1,250 steps. The judge is `weights/judge-photos.pt`, `python -m lab.judge --preset photos`.
 The VAE has 16 channels and is ahead of the one with 8, which was tuned on `shapes`, in most scores.
 """
+GENERATED = """
+*What `--preset photos` itself generates: goldfish, king penguin, ladybug, monarch, school bus,
+sports car, suspension bridge, teddy, pizza, alp, a row each; ten steps of ab2, guidance 2, seed 0.
+Stage 1 took 10 minutes of one core, stage 2 55. Bridges and most teddies cannot be named, and fine
+dots remain. The judge recognizes .844 of 500 samples, .898 of the held-out images, but only .682 of
+their reconstructions (19.5 dB): here the autoencoder limits the pictures, not the DiT.*
+"""
 
 
 def photographs(title, finding, label, rows, columns, command, latent, table="generation", **more):
@@ -784,6 +791,7 @@ def results(N):
     show = lambda part: [found[s.title].markdown(N) for s in part if found.get(s.title) is s]
     parts = ["# Results", *map(paragraph, intro.split("\n\n")), "## Limits", "\n".join(limits),
              *show(shapes), "## Photographs", paragraph(PHOTOGRAPHS),
+             "![photos](assets/photos.png)", paragraph(GENERATED),
              "## Photographs: what was predicted", paragraph(PREDICTION),
              *[paragraph(f"**Not measured yet**: {'; '.join(later)}.")] * bool(later),
              *show(photos)]
