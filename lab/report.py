@@ -309,6 +309,12 @@ Stage 1 took 10 minutes of one core, stage 2 55. Bridges and most teddies cannot
 dots remain. The judge recognizes .844 of 500 samples, .898 of the held-out images, but only .682 of
 their reconstructions (19.5 dB): here the autoencoder limits the pictures, not the DiT.*
 """
+PARTS = """
+*What the parts of the latent carry, one generated picture per class. From above: the picture; the
+first three principal components of DINO's tokens, then of the residual; the picture decoded from
+the tokens alone, then from the residual alone, the other part at its mean. The tokens bring the
+object and its usual colors, the residual brightness and contrast.*
+"""
 
 
 def photographs(title, finding, label, rows, columns, command, latent, table="generation", **more):
@@ -792,6 +798,7 @@ def results(N):
     parts = ["# Results", *map(paragraph, intro.split("\n\n")), "## Limits", "\n".join(limits),
              *show(shapes), "## Photographs", paragraph(PHOTOGRAPHS),
              "![photos](assets/photos.png)", paragraph(GENERATED),
+             "![parts](assets/parts.png)", paragraph(PARTS),
              "## Photographs: what was predicted", paragraph(PREDICTION),
              *[paragraph(f"**Not measured yet**: {'; '.join(later)}.")] * bool(later),
              *show(photos)]
