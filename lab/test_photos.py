@@ -379,7 +379,7 @@ def test_the_controls_share_all_but_the_encoder(tested, photos, monkeypatch):
     assert svg == same and tiny == same + "--encoder tiny --perceptual_net photos"
     assert random == same + "--encoder out/evidence/photos/encoder/dino_photos_0.pt " + (
         "--perceptual_net photos")
-    assert "lab.pretrain" in module and made.endswith(f"--keep 0 --data {photos}")
+    assert "lab.pretrain" in module and made.endswith(f"--keep 0,400,1200 --data {photos}")
     assert {c.preset for c in map(evidence.settings, (c,))} == {"photos"}
 
 
