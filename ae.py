@@ -419,7 +419,7 @@ def same_view(images, generator):
     1.41 and moved by up to S / 8 at random, mirrored at its edges; alike in all the batches.
 
     The perceptual loss of photographs needs it.  Where a decoder cannot know fine detail, one fixed
-    texture costs less than none: with a period of about 3 pixels, it raises the same features of
+    texture, seen as a grid of dots, costs less than none, because it raises the same features of
     the frozen network.  Under random rotation and zoom no single texture does.
     """
     B = len(images[0])

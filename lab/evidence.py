@@ -562,16 +562,22 @@ def measure_dense(c, latent, seed):
                 accuracy=(found == yt).double().mean().item())
 
 
-def measure_generation(c, latent, dit, seed, trained, sampler, steps, scale, shift):
-    """The scores of a trained pair's samples."""
+def samples(c, latent, dit, seed, steps=10, scale=1.0, shift="-", sampler="ab2", trained=None):
+    """c.n samples of a trained pair, evenly over the classes -> images, labels, the autoencoder.
+    shift: '-' for the DiT's own; trained: the step of weights that were kept in training."""
     folder = stage2(c, latent, dit, seed)
     model, decoder = sample.load(folder, "cpu")
-    if trained != model.step:
+    if trained not in (None, model.step):
         model = load_dit(folder / f"dit_{trained}.pt")
     labels = sample.balanced_labels(list(range(model.classes)), c.n)
     shift = None if shift == "-" else resolve_shift(shift, decoder)
-    images = sample.generate(model, decoder, labels, steps, scale, shift, seed,
-                             sample.SAMPLERS[sampler])
+    return sample.generate(model, decoder, labels, steps, scale, shift, seed,
+                           sample.SAMPLERS[sampler]), labels, decoder
+
+
+def measure_generation(c, latent, dit, seed, trained, sampler, steps, scale, shift):
+    """The scores of a trained pair's samples."""
+    images, labels, decoder = samples(c, latent, dit, seed, steps, scale, shift, sampler, trained)
     return scores(images, labels, decoder.config)
 
 
@@ -582,9 +588,7 @@ def measure_judges(c, latent, dit, seed):
         if not (folder / "judge.pt").is_file():
             classes = ("--classes", about.classes) if about.classes else ()
             command(judge, c.judge, 1, folder, "--data", about.data, *classes)
-    model, decoder = sample.load(stage2(c, latent, dit, seed), "cpu")
-    labels = sample.balanced_labels(list(range(model.classes)), c.n)
-    images = sample.generate(model, decoder, labels, 10, 2.0, seed=seed)
+    images, labels, decoder = samples(c, latent, dit, seed, scale=2.0)
     found = scorer_of(decoder.config, str(folder))(images, labels)
     return {name: found[name] for name in ("n", "accuracy", "frechet")}
 
@@ -593,10 +597,8 @@ def measure_memorization(c, latent, dit, seed):
     """metrics.memorization of samples of ten steps without guidance, which may copy an image or its
     mirror image: in random convolutions, in the judge's features, in pixels.  The held-out images
     pass through the autoencoder too, because what it decodes is smoother and so nearer to all."""
-    model, decoder = sample.load(stage2(c, latent, dit, seed), "cpu")
+    fake, _, decoder = samples(c, latent, dit, seed)
     rulers, (_, autocast) = scorer_of(decoder.config), config.setup("cpu")
-    labels = sample.balanced_labels(list(range(model.classes)), c.n)
-    fake = sample.generate(model, decoder, labels, 10, seed=seed)
     train, held = rulers.real_images("train", 5000)[0], rulers.real_images("test", c.n)[0]
     z = encode_all(decoder, held.numpy())
     with autocast():
