@@ -47,6 +47,8 @@ class Config:
     # ---- EDIT HERE for ablations: the flow ----
     shift: str = field("2.5", "time shift in training, above 1: more time near noise; auto: RAE's "
                        "rule, by the size of the latent (code: 2.5)")
+    logit_normal: bool = field(True, "in training, times near 0 and 1 are rare; otherwise uniform "
+                               "before the shift (code: uniform)")
     sample_shift: str = field("3", "time shift in sampling, same convention (code: 6.67)")
     drop: float = field(0.1, "fraction of labels replaced by 'no class', for guidance (paper: 0.1)")
     # -------------------------------------------
@@ -106,7 +108,7 @@ PRESETS = {
                   preview_every=20),
     # 64 tokens. One CPU core, seed 0, 55 min; 10 steps, guidance 2: accuracy .844, Frechet 5.24,
     # random conv 35.1; of decode(encode(x)): .682, 5.44, 24.8.
-    "photos": dict(dim=256, depth=6, heads=4, steps=4500),
+    "photos": dict(dim=256, depth=6, heads=4, steps=6000, logit_normal=False),
     # The paper's optimizer and shifts, its size B. Not trained here: no weights, no photographs.
     "imagenette": dict(model="B", shift="2.5", sample_shift="6.67", steps=40000, batch=256,
                        lr=1e-4, muon=0.0, warmup=0, decay=False, beta2=0.999, clip=0.0, ema=0.9999,
@@ -318,8 +320,8 @@ def train(c):
     for step in loop:
         x1, y, noise, h = following                                # (B, C, h, w), (B,)
         optimizer.zero_grad(set_to_none=True)
-        pair = draw(x1.new_empty(c.batch, *x1.shape[1:]), shift, noise)    # for all ranks' rows
-        pair = [part[config.my_rows()] for part in pair]
+        pair = draw(x1.new_empty(c.batch, *x1.shape[1:]), shift, noise, c.logit_normal)
+        pair = [part[config.my_rows()] for part in pair]           # it is drawn for all ranks
         losses, t = gradients(network, x1, y, pair, c.micro_batch, autocast, scaler, h, **extra)
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(trained, c.clip or float("inf"))

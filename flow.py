@@ -27,12 +27,16 @@ def auto_shift(tokens, channels):
     return math.sqrt(tokens * channels / 4096)
 
 
-def draw(x1, shift=1.0, generator=None):
-    """Draw noise and times for data x1 (B, ...) -> noise x0 (B, ...), times t (B,), which are
-    uniform on [0, 1] and then shifted."""
-    # ---- EXERCISE 1: times from a logit-normal ----
-    t = shift_time(torch.rand(len(x1), generator=generator, device=x1.device), shift)
-    return torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype), t
+def draw(x1, shift=1.0, generator=None, logit_normal=False):
+    """Draw noise and times for data x1 (B, ...) -> noise x0 (B, ...), times t (B,) in [0, 1].
+
+    The times are uniform or, as in SD3 (arXiv 2403.03206), the sigmoid of N(0, 1), which spends
+    less of the training near both ends; then they are shifted.
+    """
+    B, options = len(x1), dict(generator=generator, device=x1.device)
+    # ---- EXERCISE 1: one time from each of B equally probable intervals ----
+    t = torch.randn(B, **options).sigmoid() if logit_normal else torch.rand(B, **options)
+    return torch.randn(x1.shape, dtype=x1.dtype, **options), shift_time(t, shift)
 
 
 def flow_loss(model, x1, *cond, shift=1.0, generator=None, pair=None):

@@ -126,21 +126,23 @@ def velocities(model, labels, **options):
 def exercise_1():
     """When to train"""
     x1 = torch.randn(20_000, 1, generator=generator(1))
-    for shift in (1.0, 2.5):
-        x0, t = flow.draw(x1, shift, generator(0))
-        again = flow.draw(x1, shift, generator(0))
+    for shift, logit_normal in ((1.0, False), (1.0, True), (2.5, True)):
+        x0, t = flow.draw(x1, shift, generator(0), logit_normal)
+        again = flow.draw(x1, shift, generator(0), logit_normal)
         assert t.shape == x1.shape[:1], f"the times must be (B,), not {tuple(t.shape)}"
         assert close(x0, again[0], 0) and close(t, again[1], 0), "the generator must decide all"
         assert abs(x0.mean()) < 0.03 and abs(x0.std() - 1) < 0.03, "the noise must stay N(0, 1)"
-        unshifted = flow.shift_time(t.double(), 1 / shift)
-        middle = ((unshifted > 0.25) & (unshifted < 0.75)).double().mean().item()
-        z = torch.logit(unshifted.clamp(1e-9, 1 - 1e-9))
-        # Kolmogorov and Smirnov's distance of z from N(0, 1); by chance about .006
-        cdf = torch.special.ndtr(z.sort().values)
-        gap = (cdf - torch.linspace(0, 1, len(z))).abs().max().item()
-        measured = (f"{middle:.0%} of the times, before the shift of {shift:g}, are in the middle "
-                    f"half (expected: 73 %), their logit is {gap:.3f} from N(0, 1)")
-        assert gap < 0.02, measured
+        u = flow.shift_time(t.double(), 1 / shift).clamp(1e-9, 1 - 1e-9)
+        u = torch.special.ndtr(torch.logit(u)) if logit_normal else u    # uniform, if t is right
+        # of independent times, 37 % of the intervals have none; float32 puts some next door
+        missed = 1 - len((u * len(u)).long().clamp(0, len(u) - 1).unique()) / len(u)
+        # Kolmogorov and Smirnov's distance from the uniform distribution
+        gap = (u.sort().values - torch.linspace(0, 1, len(u))).abs().max().item()
+        kind = "logit-normal" if logit_normal else "uniform"
+        measured = (f"shift {shift:g}, {kind}: {missed:.1%} of {len(u):,} equally probable "
+                    f"intervals have no time, and the distribution is off by {gap:.4f}")
+        assert gap < 0.001 and missed < 0.02, measured
+        z = torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))
         # an independent time could as well be that of another pair; by chance below .001
         own, other = (torch.cat([x0, x1, a[:, None]], 1)[::5] for a in (z, z.roll(1)))
         tie = metrics.energy_distance(own[::2], other[1::2])
@@ -148,6 +150,8 @@ def exercise_1():
         powers = torch.cat([z[None], z[None] ** 2, x0.T, x1.T, x0.T ** 2, x1.T ** 2])
         weak_tie = powers.corrcoef()[:2, 2:].abs().max()
         assert tie < 0.004 and weak_tie < 0.05, "the times must not depend on the noise or the data"
+        order = torch.stack([z, torch.arange(len(z)).double()]).corrcoef()[0, 1].abs()
+        assert order < 0.05, "shuffle the times: which row gets which interval must be random"
     return measured
 
 

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 
 import ae, dit, sample
 from ae import load_ae, load_latents, load_pictures, measure_statistics
-from data import FACTORS, hue_classes, load_images, shapes, to_float, to_uint8
+from data import FACTORS, evenly, hue_classes, load_images, shapes, to_float, to_uint8
 from dino import load_dino
 from dit import DiT, load_dit, resolve_shift
-from flow import ab2, euler, flow_loss, guided
+from flow import ab2, euler, flow_loss, guided, times
 from lab import edit, judge, pretrain, spectrum
 from metrics import extract, knn, linear_classes, linear_probe, memorization, psnr, ssim
 from plumbing import config
@@ -64,7 +64,8 @@ PRESETS = {
     # One core of an AMD EPYC: stage 1 and stage 2 1 min each. 10 steps, guidance 2, seed 9:
     # accuracy .727, random conv 56 (SVG); .253, 26 (VAE with 8 channels).
     "small": dict(ae="--ch 16 --steps 400", pretrain=PRETRAINING, encoders=(0, 300, 600),
-                  dit="--dim 144 --depth 4 --heads 4 --steps 700", kept=(100, 200, 400, 700)),
+                  dit="--dim 144 --depth 4 --heads 4 --steps 700 --no-logit_normal",
+                  kept=(100, 200, 400, 700)),
     # The default sizes of ae.py and dit.py: 3 and 4 min of one core.
     "full": dict(pretrain=PRETRAINING, encoders=(0, 300, 600), kept=(250, 500, 1000, 1600)),
     "debug": dict(ae="--preset debug", dit="--preset debug", seeds=(0,), n=40, kept=(10, 20),
@@ -72,9 +73,11 @@ PRESETS = {
                   encoders=(0, 10)),
     # Ten classes at 64 px; as many samples as images are held out.
     # Without a network: --ae "--preset photos --steps 700 --data FOLDER".
-    "photos": dict(ae="--preset photos --steps 700", n=500, kept=(300, 600, 1250),
-                   dit="--preset photos --dim 192 --depth 4 --heads 6 --steps 1250",
-                   pretrain="--preset photos --keep 0,400,1200", encoders=(0, 400, 1200)),
+    "photos": (photos := dict(
+        ae="--preset photos --steps 700 --gan_start 300", n=500, kept=(300, 600, 1250),
+        dit="--preset photos --dim 192 --depth 4 --heads 6 --steps 1250",
+        pretrain="--preset photos --keep 0,400,1200", encoders=(0, 400, 1200))),
+    "photos-plain": photos | dict(ae="--preset photos --steps 700 --gan 0"),
 }
 
 
@@ -106,6 +109,7 @@ DITS = {                                  # flags of dit.py
     "base": "", "narrow": "--dim 96 --heads 4", "wide": "--dim 192 --heads 4",
     "shift1": "--shift 1", "shift4": "--shift 4", "shift6.67": "--shift 6.67",
     "repa": "--repa 0.5", "longer": "--steps 7800",
+    "uniform": "--no-logit_normal", "logit": "--logit_normal",
 }
 FAMILIES = ("shape", "color")             # encoders that were trained to predict one factor
 TUNED = "vae8-1e-5"                       # first in the mean rank of "baseline"'s scores
@@ -125,6 +129,28 @@ PHOTOS = (*itertools.product(("euler",), (1, 2, 3, 5, 10, 25), (1.0,)),
           *itertools.product(("ab2",), (3, 10, 25), (2.0,)))
 HEADLINE = tuple((sampler, steps, scale) for sampler in ("ab2", "euler")
                  for steps, scale in ((3, 1.0), (3, 2.0), (5, 3.0), (10, 1.0), (10, 3.0)))
+
+# what guidance leads away from -> its velocity, from the DiT, the states of it that were kept
+# after so many steps, and x, t, y, no class.  Some are exercises, whose numbers come first.
+AWAY = {
+    "no class": lambda now, kept, x, t, y, none: now(x, t, none),
+    "no class, rescaled (CFG-Zero*)": lambda now, kept, x, t, y, none: rescaled(now, x, t, y, none),
+    "no class, at time .95 t": lambda now, kept, x, t, y, none: now(x, 0.95 * t, none),
+    "no class, at time 1.05 t": lambda now, kept, x, t, y, none: now(x, (1.05 * t).clamp(max=1),
+                                                                     none),
+    "the DiT of step 1000": lambda now, kept, x, t, y, none: kept(1000)(x, t, y),
+    "the DiT of step 1000, no class": lambda now, kept, x, t, y, none: kept(1000)(x, t, none),
+    "the DiT of step 500, no class": lambda now, kept, x, t, y, none: kept(500)(x, t, none),
+}
+SCALES = {"1": lambda t: 1, "2": lambda t: 2, "3": lambda t: 3, "5 - 4 t": lambda t: 5 - 4 * t,
+          "1 + 4 t": lambda t: 1 + 4 * t}
+AWAYS = [("0", "no class", "3", 10, "ab2"), ("0", "nothing", "1", 10, "ab2"),
+         ("2", "no class", "3", 10, "euler"), ("2", "no class", "3", 5, "midpoint"),
+         ("3", "no class", "1 + 4 t", 10, "ab2"), ("3", "no class", "5 - 4 t", 10, "ab2"),
+         ("10", "no class, rescaled (CFG-Zero*)", "3", 10, "ab2"),
+         *(("11", "the DiT of step 1000", w, 10, "ab2") for w in "23"),
+         *(("-", away, w, steps, "ab2") for away in [*AWAY][2:4] + [*AWAY][5:]
+           for w, steps in (("2", 3), ("2", 10), ("3", 10)))]
 
 EXPERIMENTS = {
     "rulers": Experiment(
@@ -193,6 +219,11 @@ EXPERIMENTS = {
     "guidance": Experiment(
         "guidance from 1 to 4", dict(generation=PAIR),
         tuple(("ab2", 10, w) for w in (1.0, 1.5, 2.0, 3.0, 4.0))),
+    "times": Experiment(
+        "uniform times in training, with --preset full",
+        dict(generation=("svg:uniform", f"{TUNED}:uniform")), HEADLINE),
+    "away": Experiment(
+        "new: guidance away from something else, with --preset full", dict(guided=("svg",))),
     "trainshift": Experiment(
         "the time shift in training", dict(generation=("svg",)), BOTH,
         ("shift1", "base", "shift4", "shift6.67")),
@@ -204,7 +235,7 @@ EXPERIMENTS = {
     "photos": Experiment(
         "photographs, with --preset photos like all below: few steps, reconstruction, copies",
         dict(generation=DUO, latents=DUO + ("pixels",), spectra=DUO, memorization=DUO,
-                    judges=DUO), PHOTOS),
+             judges=DUO, shrunk=DUO), PHOTOS),
     "photos_controls": Experiment(
         "SVG on random weights and on the encoder of shapes, the same perceptual network",
         dict(generation=CONTROLS, latents=CONTROLS, spectra=CONTROLS, judges=CONTROLS), PHOTOS),
@@ -218,6 +249,9 @@ EXPERIMENTS = {
         "how semantic must the encoder be? checkpoints of its pretraining",
         dict(latents=(name := ("encoder*", "svg")), generation=name),
         (("euler", 3, 1.0), ("euler", 25, 1.0), *BOTH)),
+    "photos_times": Experiment(
+        "logit-normal times in training, with --preset photos-plain",
+        dict(generation=("svg:logit",)), (("euler", 3, 1.0), ("euler", 25, 1.0), *BOTH)),
     "photos_training": Experiment(
         "photographs during training", dict(generation=DUO), BOTH, kept=True),
 }
@@ -287,10 +321,12 @@ def tables(folder):
         paths=("preset latent dit seed", "n consistency straightness error1 error2 error5"),
         spectra=("preset latent seed", "dimensions effective largest error3 error10 ab3 ab10 "
                  "shift3 shift10 consistency consistency_all"),
+        shrunk=("preset latent seed sampler steps", f"n {SCORES}"),
         encoders=("preset step", "knn linear color"),
         width=("latent channels width seed", "parameters loss"),
         editing=("preset latent seed", "n new_class old_class floor psnr_outside "
                  "psnr_outside_plain psnr_outside_to_plain"),
+        guided=("preset latent exercise away_from scale steps sampler seed", f"n {SCORES}"),
         memorization=("preset latent dit seed", "n conv_median conv_near judge_median judge_near "
                       "pixels_median pixels_near"),
         judges=("preset latent dit seed", "n accuracy frechet"),
@@ -302,6 +338,12 @@ def axes(c, e, table, kinds):
     """What a table has a row of for each latent and seed -> a list of partial keys."""
     if table == "width":
         return [dict(width=width) for width in WIDTHS]
+    if table == "shrunk":
+        return [dict(sampler=sampler, steps=steps) for sampler in ("euler", "ab2")
+                for steps in (3, 5, 25)]
+    if table == "guided":
+        return [dict(zip(("exercise", "away_from", "scale", "steps", "sampler"), row))
+                for row in AWAYS]
     if table != "generation":
         return [dict(dit="base")]
     return [dict(dit=kind, trained=trained, sampler=sampler, steps=steps, scale=scale, shift=shift)
@@ -581,6 +623,45 @@ def measure_generation(c, latent, dit, seed, trained, sampler, steps, scale, shi
     return scores(images, labels, decoder.config)
 
 
+def rescaled(model, x, t, y, none):
+    """The velocity for no class, projected onto that for y (CFG-Zero*, arXiv 2503.18886)."""
+    v, low = model(x, t, y).flatten(1), model(x, t, none).flatten(1)
+    return ((v * low).sum(1, keepdim=True) / low.square().sum(1, keepdim=True) * low).view_as(x)
+
+
+@torch.no_grad()
+def midpoint(velocity, x, steps, shift=1.0, callback=None):
+    """Second order with two evaluations per step, the second in its middle."""
+    at = times(steps, shift)
+    for now, then in zip(at, at[1:]):
+        half = x + (then - now) / 2 * velocity(x, now)
+        x = x + (then - now) * velocity(half, (now + then) / 2)
+    return x
+
+
+def measure_guided(c, latent, exercise, away_from, scale, steps, sampler, seed):
+    """The scores of samples that are guided away from one of AWAY."""
+    folder = stage2(c, latent, "base", seed)
+    model, decoder = sample.load(folder, "cpu")
+    nearest = lambda step: min(c.kept, key=lambda k: abs(k - step))
+    kept = functools.cache(lambda step: load_dit(folder / f"dit_{nearest(step)}.pt"))
+    y = sample.balanced_labels(list(range(model.classes)), c.n)
+    none, (_, autocast) = torch.full_like(y, model.classes), config.setup("cpu")
+
+    def velocity(x, t):
+        t, w = torch.full((len(x),), t), SCALES[scale](t)
+        v = model(x, t, y).float()
+        if w == 1:
+            return v
+        low = AWAY[away_from](model, kept, x, t, y, none).float()
+        return low + w * (v - low)
+    with autocast():
+        z = (sample.SAMPLERS | dict(midpoint=midpoint))[sampler](
+            velocity, sample.draw_noise(model, decoder, c.n, seed), steps, model.sample_shift)
+        images = torch.cat([to_uint8(decoder.decode(part)) for part in z.split(250)])
+    return scores(images, y, decoder.config)
+
+
 def measure_judges(c, latent, dit, seed):
     """Samples of ten guided steps under a second judge: another seed, two thirds of the width."""
     about, folder = settings(c), Path(c.out) / c.preset / "judge2"
@@ -654,6 +735,30 @@ def measure_spectra(c, latent, seed):
     return row
 
 
+@functools.cache
+def shrunk(folder, n):
+    """Real latents as few steps would leave them if they were Gaussian -> function of sampler and
+    steps -> n latents (n, d); their labels."""
+    x, labels = spectrum.read(folder, 5000, "cpu")
+    rows = evenly(len(x), n)
+    how = [(name, steps) for name in ("euler", "ab2") for steps in (3, 5, 25)]
+    factors = [lambda lam, name=name, steps=steps: spectrum.gain(
+        lam, steps, 3.0, sample.SAMPLERS[name]) / lam.clamp(min=1e-12).sqrt() for name, steps in how]
+    return dict(zip(how, spectrum.shrink(x, labels, rows, factors))), labels[rows]
+
+
+def measure_shrunk(c, latent, seed, sampler, steps):
+    """The scores of real latents that have lost what a Gaussian's few steps would lose: no DiT."""
+    folder = stage1(c, latent, seed)
+    model, (_, autocast) = load_ae(folder / "ae.pt"), config.setup("cpu")
+    found, labels = shrunk(folder, c.n)
+    side = model.image_size // model.patch
+    with autocast():
+        images = torch.cat([to_uint8(model.decode(z.view(len(z), -1, side, side)))
+                            for z in found[sampler, steps].split(250)])
+    return scores(images, labels, model.config)
+
+
 def measure_width(c, latent, channels, width, seed, steps=300):
     """RAE's test (arXiv 2510.11690, section 4.1): can a DiT of that width learn the latent of one
     image?  The loss over the last tenth of the steps; 0 would be perfect."""
@@ -698,7 +803,8 @@ def measure_editing(c, latent, seed):
 MEASURES = dict(rulers=measure_rulers, latents=measure_latents, dense=measure_dense,
                 generation=measure_generation, paths=measure_paths, encoders=measure_encoders,
                 width=measure_width, editing=measure_editing, spectra=measure_spectra,
-                memorization=measure_memorization, judges=measure_judges)
+                memorization=measure_memorization, judges=measure_judges, guided=measure_guided,
+                shrunk=measure_shrunk)
 
 
 def main(argv=None):

@@ -76,6 +76,22 @@ def spectrum(latents, labels=None):
     return F.pad(found, (0, x.shape[1] - len(found)))
 
 
+def shrink(latents, labels, rows, factors):
+    """What a sampler would leave of latents (n, d): in each principal direction within the classes,
+    the deviation from the class mean is multiplied by factors(L), of the eigenvalues (k,).
+
+    -> float32 (len(rows), d), of these rows, for each function in the list `factors`.
+    """
+    x = latents.double()
+    groups = F.one_hot(labels.long()).double()                                 # (n, K)
+    means = (groups.T @ x / groups.sum(0)[:, None])[labels.long()]
+    x = x - means
+    _, scale, directions = torch.linalg.svd(x, full_matrices=False)            # (k,), (k, d)
+    lam = scale.square() / (len(x) - groups.shape[1])
+    along = x[rows] @ directions.T                                             # (rows, k)
+    return [(means[rows] + along * factor(lam) @ directions).float() for factor in factors]
+
+
 def effective_dimension(eigenvalues):
     """The participation ratio (sum L)^2 / sum L^2: d if all are equal, 1 if only one is not 0."""
     return (eigenvalues.sum() ** 2 / eigenvalues.square().sum()).item()

@@ -566,9 +566,12 @@ def test_the_command_line_of_the_exercises(tmp_path):
 # ---------------------------------------------------------------- solutions
 
 
-def logit_normal(x1, shift=1.0, generator=None):
-    x0 = torch.randn(x1.shape, generator=generator)
-    return x0, flow.shift_time(torch.randn(len(x1), generator=generator).sigmoid(), shift)
+def stratified(x1, shift=1.0, generator=None, logit_normal=False, shuffled=True):
+    x0, B = torch.randn(x1.shape, generator=generator), len(x1)
+    order = torch.randperm(B, generator=generator) if shuffled else torch.arange(B)
+    t = (order + torch.rand(B, generator=generator, dtype=torch.float64)) / B
+    t = torch.special.ndtri(t).sigmoid() if logit_normal else t
+    return x0, flow.shift_time(t, shift).float()
 
 
 def midpoint(velocity, x, steps, shift=1.0, callback=None, time_of=float):
@@ -660,7 +663,7 @@ class ExerciseSolver:
             for name, value in values.items():
                 self.monkeypatch.setattr(module, name, value, raising=False)
 
-    def solve_1(self, draw=logit_normal):
+    def solve_1(self, draw=stratified):
         self.set(flow, draw=draw)
 
     def solve_2(self, solver=midpoint, shown=None):
@@ -765,34 +768,46 @@ def test_a_solved_exercise_passes(n, options, exercise_solver):
     assert solved, line
 
 
-def from_noise(x1, shift=1.0, generator=None):
+def ranked(key, shift, logit_normal):
+    """Times in the order of a key, one in each interval."""
+    u = (key.argsort().argsort() + 0.5) / len(key)
+    return flow.shift_time(torch.special.ndtri(u).sigmoid() if logit_normal else u, shift)
+
+
+def from_noise(x1, shift=1.0, generator=None, logit_normal=False):
     x0 = torch.randn(x1.shape, generator=generator)
-    return x0, flow.shift_time(x0.flatten(1)[:, 0].sigmoid(), shift)
+    return x0, ranked(x0[:, 0], shift, logit_normal)
 
 
-def from_data(x1, shift=1.0, generator=None):
+def from_data(x1, shift=1.0, generator=None, logit_normal=False):
+    return torch.randn(x1.shape, generator=generator), ranked(x1[:, 0], shift, logit_normal)
+
+
+def from_size_of_noise(x1, shift=1.0, generator=None, logit_normal=False):
     x0 = torch.randn(x1.shape, generator=generator)
-    return x0, flow.shift_time(x1.flatten(1)[:, 0].sigmoid(), shift)
+    return x0, ranked(x0[:, 0].abs(), shift, logit_normal)
 
 
-def from_size_of_noise(x1, shift=1.0, generator=None):
+def partly_from_noise(x1, shift=1.0, generator=None, logit_normal=False):
     x0 = torch.randn(x1.shape, generator=generator)
-    uniform = torch.erf(x0[:, 0].double().abs() / 2 ** 0.5).clamp(1e-9, 1 - 1e-9)
-    return x0, flow.shift_time(torch.special.ndtri(uniform).sigmoid(), shift)
+    key = 0.1 * x0[:, 0] + 0.99 ** 0.5 * torch.randn(len(x1), generator=generator)
+    return x0, ranked(key, shift, logit_normal)
 
 
-def partly_from_noise(x1, shift=1.0, generator=None):
-    x0 = torch.randn(x1.shape, generator=generator)
-    z = 0.1 * x0[:, 0] + 0.99 ** 0.5 * torch.randn(len(x1), generator=generator)
-    return x0, flow.shift_time(z.sigmoid(), shift)
+def unshuffled(*args):
+    return stratified(*args, shuffled=False)
 
 
-def unshifted(x1, shift=1.0, generator=None):
-    return logit_normal(x1, 1.0, generator)
+def unshifted(x1, shift=1.0, generator=None, logit_normal=False):
+    return stratified(x1, 1.0, generator, logit_normal)
 
 
-def unseeded(x1, shift=1.0, generator=None):
-    return logit_normal(x1, shift)
+def unseeded(x1, shift=1.0, generator=None, logit_normal=False):
+    return stratified(x1, shift, None, logit_normal)
+
+
+def always_uniform(x1, shift=1.0, generator=None, logit_normal=False):
+    return stratified(x1, shift, generator)
 
 
 def always_two(model, y, null, scale, t_range=(0.0, 1.0)):
@@ -806,7 +821,9 @@ def always_two(model, y, null, scale, t_range=(0.0, 1.0)):
 @pytest.mark.parametrize("n, options, words", [
     ("1", dict(draw=from_noise), "depend"), ("1", dict(draw=from_data), "depend"),
     ("1", dict(draw=from_size_of_noise), "depend"), ("1", dict(draw=partly_from_noise), "depend"),
-    ("1", dict(draw=unshifted), "N(0, 1)"), ("1", dict(draw=unseeded), "generator"),
+    ("1", dict(draw=unshifted), "off by"), ("1", dict(draw=unseeded), "generator"),
+    ("1", dict(draw=flow.draw), "no time"), ("1", dict(draw=always_uniform), "off by"),
+    ("1", dict(draw=unshuffled), "shuffle"),
     ("2", dict(solver=flow.heun), "middle"), ("2", dict(solver=flow.euler), "8 evaluations"),
     ("2", dict(shown=flow.heun), "--sampler"),
     ("2", dict(solver=lambda *a: 1 / 0), "test_lab.py"),

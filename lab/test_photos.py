@@ -218,6 +218,7 @@ def test_photographs_get_the_encoder_of_photographs(embedded, photos, tmp_path, 
 
     result = run("--steps", 1)
     assert "--encoder photos, because" in result.stdout and "shapes" not in result.stdout
+    assert "without --gan, " in result.stdout
     assert config.load(tmp_path / "made/ae.pt")["config"]["encoder"] == "photos"
     assert "finished at step 1" in run("--steps", 1, "--encoder", "photos").stdout
     assert "resuming from step 1" in run("--steps", 2, "--warmup", 1).stdout     # the same command

@@ -27,6 +27,19 @@ def test_spectrum_is_that_of_the_covariance_and_pooled_within_classes():
     assert spectrum.effective_dimension(torch.tensor([5.0, 0.0])) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("n", [40, 4])                            # more latents than d, fewer
+def test_shrinking_scales_the_principal_directions_within_the_classes(n):
+    x = torch.randn(2 * n, 6, generator=generator(0)) * torch.tensor([4., 3, 2, 1, 1, .1])
+    labels, rows = torch.arange(2 * n) % 2, torch.arange(0, 2 * n, 3)
+    x[labels == 1] += 10
+    same, means, first = spectrum.shrink(x, labels, rows, [
+        torch.ones_like, torch.zeros_like, lambda lam: (lam == lam.max()).double()])
+    assert (same - x[rows]).abs().max() < 1e-4
+    centers = torch.stack([x[labels == k].mean(0) for k in (0, 1)])
+    assert (means - centers[labels[rows]]).abs().max() < 1e-4
+    assert torch.linalg.matrix_rank(first - means, atol=1e-3) == 1
+
+
 @pytest.mark.parametrize("sampler, order", [(euler, 1), (ab2, 2)])
 def test_gain_goes_to_the_exact_flows_with_the_order_of_the_sampler(sampler, order):
     coarse, fine = ((spectrum.gain(LAMBDA, n, 2.0, sampler) - LAMBDA.sqrt()).abs()[:4]

@@ -77,7 +77,7 @@ def list_folder(root, split, classes=""):
     root/train/CLASS/* with root/val/CLASS/* (or valid, validation, test), or root/CLASS/*.  As in
     Tiny ImageNet, the classes in val/ may be given by val/val_annotations.txt instead of folders,
     and words for them by root/words.txt.
-    classes: use only these, a name of CLASS_LISTS, comma-separated, or in a text file with one per
+    classes: all, or only these: a name of CLASS_LISTS, comma-separated, or a text file, one per
     line; they are numbered in the folder's order, not in this one.
     """
     root = Path(root).expanduser()
@@ -141,7 +141,7 @@ def _chosen(words, classes, root):
     twins = [name for name in folders if same.count(_same(name)) > 1]
     if twins:
         raise UserError(f"--data {root}: classes differ only in case: {', '.join(twins)}")
-    if not classes:
+    if classes in ("", "all"):
         return folders
     path = Path(classes).expanduser()
     listed = CLASS_LISTS.get(classes) or (

@@ -374,7 +374,7 @@ def test_some_of_a_folders_classes(tmp_path):
             (tmp_path / "root" / name / file).touch()
     chosen = lambda classes: photos.list_folder(tmp_path / "root", "train", classes)[2]
     (tmp_path / "list.txt").write_text("\ufeffb\r\n\n a \n", encoding="utf-8")
-    assert chosen("") == ["Stra\u00dfe", "a", "b", "du\u0308nn"]
+    assert chosen("") == chosen("all") == ["Stra\u00dfe", "a", "b", "du\u0308nn"]
     assert chosen("b,a") == chosen(str(tmp_path / "list.txt")) == ["a", "b"]
     assert chosen("d\u00fcnn , STRASSE") == ["Stra\u00dfe", "du\u0308nn"]
     assert len(photos.list_folder(tmp_path / "root", "train")[0]) == 4       # not the ._ files
