@@ -450,7 +450,8 @@ def test_report_numbers(tmp_path):
     assert report.headline(N).splitlines()[2:] == [
         "| VAE, 16 channels | ab2 | 3 | 2 | 0.2 | .250 | 0.25 | .250 |",
         "| held-out images | | | | 0.5 | .500 | 0.50 | .500 |"]
-    later = "**Not measured yet**: reconstruction and ten steps; few steps; controls; "
+    later = ("**Not measured yet**: reconstruction and ten steps; few steps; few steps without a "
+             "DiT; controls; ")
     assert later in text
     table.add(preset="photos", latent="vae", dit="base", seed=0, trained=20,
               sampler="euler", steps=3, scale=1.0, shift="-", n=50,
