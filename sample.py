@@ -78,7 +78,7 @@ class Config:
 PRESETS = {
     "shapes": dict(),          # 2 CPU cores, 16 s
     "debug": dict(steps=2, columns=2, n=100),              # noise, but all code runs
-    "photos": dict(columns=8, scale=2.0),                  # with guidance 3: accuracy .898
+    "photos": dict(columns=10, scale=3.0),
     "imagenette": dict(steps=25, columns=4, batch=16),     # not run on real weights
 }
 
