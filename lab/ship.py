@@ -33,7 +33,10 @@ def half(state):
 
 def command(module, saved):
     """The command line that trains what a checkpoint's config, a dict, describes."""
-    usual = vars(config.parse(module.Config, module.PRESETS, ["--preset", saved["preset"]]))
+    usual = config.parse(module.Config, module.PRESETS, ["--preset", saved["preset"]])
+    if module is ae and saved["encoder"] != "auto":            # a run saves what auto has chosen
+        usual.encoder = ae.choose_encoder(usual)
+    usual = vars(usual)
     words = [f"python {module.__name__}.py --preset {saved['preset']}"]
     for name, value in saved.items():
         if name == "seed" or name in usual.keys() - LOCAL and value != usual[name]:

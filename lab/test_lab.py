@@ -543,7 +543,7 @@ def test_there_are_twelve_exercises():
 def test_the_commands_in_the_exercises_have_flags_that_exist():
     modules = dict(ae=ae, data=data, dit=dit, sample=sample, toy_flow=toy_flow, pretrain=pretrain,
                    judge=judge)
-    lines = re.findall(r"python (?:-m lab\.)?(\w+)(?:\.py)?((?: --?\w+(?: [^-\s&`#]+)?)*)",
+    lines = re.findall(r"python (?:-m lab\.)?(\w+)(?:\.py)?((?: --?[\w-]+(?: [^-\s&`#]+)?)*)",
                        EXERCISE_TEXT)
     lines = [(name, shlex.split(flags)) for name, flags in lines if name in modules]
     assert len(lines) >= 20 and {name for name, _ in lines} == set(modules)
