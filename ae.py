@@ -648,8 +648,8 @@ def announce(c, device, model, count):
         print("warning: the tiny encoder knows only shapes, and its tokens hardly separate classes "
               "of other images; use --encoder photos, or a DINOv3 such as vits16plus")
     if c.data not in DRAWN and not c.gan:
-        print("without --gan, fine detail of photographs stays blurred; --preset photos --classes all "
-              "has one, and takes longer")
+        print("without --gan, fine detail of photographs stays blurred; --preset photos --classes "
+              "all has one, and takes longer")
 
 
 @torch.no_grad()

@@ -110,9 +110,9 @@ PRESETS = {
     # random conv 25.4; guidance 2: .946, 2.31, 22.1; of decode(encode(x)): .778, 2.18, 11.2.
     "photos": dict(dim=256, depth=6, heads=4, steps=6000, logit_normal=False),
     # The paper's optimizer and shifts, its size B. Not trained here: no weights, no photographs.
-    "imagenette": dict(model="B", shift="2.5", sample_shift="6.67", steps=40000, batch=256,
-                       lr=1e-4, muon=0.0, warmup=0, decay=False, beta2=0.999, clip=0.0, ema=0.9999,
-                       preview_every=2000, save_every=2000),
+    "imagenette": dict(model="B", shift="2.5", sample_shift="6.67", logit_normal=False, steps=40000,
+                       batch=256, lr=1e-4, muon=0.0, warmup=0, decay=False, beta2=0.999, clip=0.0,
+                       ema=0.9999, preview_every=2000, save_every=2000),
 }
 
 

@@ -742,8 +742,8 @@ def shrunk(folder, n):
     x, labels = spectrum.read(folder, 5000, "cpu")
     rows = evenly(len(x), n)
     how = [(name, steps) for name in ("euler", "ab2") for steps in (3, 5, 25)]
-    factors = [lambda lam, name=name, steps=steps: spectrum.gain(
-        lam, steps, 3.0, sample.SAMPLERS[name]) / lam.clamp(min=1e-12).sqrt() for name, steps in how]
+    factors = [lambda lam, name=name, steps=steps: lam.clamp(min=1e-12).rsqrt() * spectrum.gain(
+        lam, steps, 3.0, sample.SAMPLERS[name]) for name, steps in how]
     return dict(zip(how, spectrum.shrink(x, labels, rows, factors))), labels[rows]
 
 
