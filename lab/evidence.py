@@ -72,7 +72,7 @@ PRESETS = {
                   pretrain="--preset debug --keep 0,10", families="--preset debug",
                   encoders=(0, 10)),
     # Ten classes at 64 px; as many samples as images are held out.
-    # Without a network: --ae "--preset photos --steps 700 --data FOLDER".
+    # Without a network: --ae with the flags below and --data FOLDER.
     "photos": (photos := dict(
         ae="--preset photos --steps 700 --gan_start 300", n=500, kept=(300, 600, 1250),
         dit="--preset photos --dim 192 --depth 4 --heads 6 --steps 1250",
@@ -124,6 +124,7 @@ UNGUIDED = (("ab2", 10, 1.0),)
 BOTH = (("ab2", 10, 1.0), ("ab2", 10, 2.0))
 DUO, REST = ("svg", "vae"), ("dino", "unaligned", TUNED, "vavae")     # these on photographs
 CONTROLS = ("encoder0", "encodertiny")
+SHRUNK = tuple(itertools.product(("euler", "ab2"), (3, 5, 25)))
 PHOTOS = (*itertools.product(("euler",), (1, 2, 3, 5, 10, 25), (1.0,)),
           *itertools.product(("ab2",), (2, 3, 5, 10, 25), (1.0,)),
           *itertools.product(("ab2",), (3, 10, 25), (2.0,)))
@@ -339,8 +340,7 @@ def axes(c, e, table, kinds):
     if table == "width":
         return [dict(width=width) for width in WIDTHS]
     if table == "shrunk":
-        return [dict(sampler=sampler, steps=steps) for sampler in ("euler", "ab2")
-                for steps in (3, 5, 25)]
+        return [dict(sampler=sampler, steps=steps) for sampler, steps in SHRUNK]
     if table == "guided":
         return [dict(zip(("exercise", "away_from", "scale", "steps", "sampler"), row))
                 for row in AWAYS]
@@ -737,14 +737,13 @@ def measure_spectra(c, latent, seed):
 
 @functools.cache
 def shrunk(folder, n):
-    """Real latents as few steps would leave them if they were Gaussian -> function of sampler and
-    steps -> n latents (n, d); their labels."""
+    """Real latents as few steps would leave them if they were Gaussian -> a dict from each of
+    SHRUNK, sampler and steps, to n latents (n, d); their labels."""
     x, labels = spectrum.read(folder, 5000, "cpu")
     rows = evenly(len(x), n)
-    how = [(name, steps) for name in ("euler", "ab2") for steps in (3, 5, 25)]
     factors = [lambda lam, name=name, steps=steps: lam.clamp(min=1e-12).rsqrt() * spectrum.gain(
-        lam, steps, 3.0, sample.SAMPLERS[name]) for name, steps in how]
-    return dict(zip(how, spectrum.shrink(x, labels, rows, factors))), labels[rows]
+        lam, steps, 3.0, sample.SAMPLERS[name]) for name, steps in SHRUNK]
+    return dict(zip(SHRUNK, spectrum.shrink(x, labels, rows, factors))), labels[rows]
 
 
 def measure_shrunk(c, latent, seed, sampler, steps):

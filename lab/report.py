@@ -732,8 +732,8 @@ SECTIONS = [
     photographs(
         "reconstruction and ten steps",
         """At this budget SVG reconstructs worse than the VAE, 17.49 against 18.97 dB, and its
-        guided samples are behind in every score. (The preset's own stage 1, 2,400 steps, reaches 18.92 dB
-        and a Frechet distance of 2.18 of its reconstructions.)""", "latent",
+        guided samples are behind in every score. (The preset's own stage 1, 2,400 steps, reaches
+        18.92 dB and a Frechet distance of 2.18 of its reconstructions.)""", "latent",
         [*PHOTOS, *named(*evidence.CONTROLS), ("held-out images", dict(latent="pixels"))],
         (PSNR, SSIM, ("kNN, mean token", "latents", "knn", 3, {}), LINEAR,
          *((f"decoded {head}", *column) for head, *column in rulers(steps="decoded")[:5]),
@@ -744,8 +744,8 @@ SECTIONS = [
                 steps cost SVG 24 % over its own 25, the VAE 23 %, and from three steps on the VAE
                 is ahead. It shows in random conv: SVG is ahead with up to five Euler steps, 114.7
                 against 155.7, and behind from ten on, and with ab2 from three on. Without the GAN
-                the Frechet distance said otherwise (below: 23 % against 58 %), so that was a
-                property of the decoder. With guidance the VAE is ahead in all three scores.
+                the Frechet distance said otherwise (below: 23 % against 58 %), so there the decoder
+                decides, not the latent alone. With guidance the VAE is ahead in all three scores.
                 Of the prediction, (1) holds in random conv only, and so does (2).""",
                 "latent | sampler | guidance", *by_steps(PHOTOS),
                 "photos photos_baselines", "vae", steps=3),
@@ -760,8 +760,7 @@ SECTIONS = [
         [(f"{head}, {steps} {name} steps", "shrunk", column, digits,
           dict(sampler=name, steps=steps))
          for head, column, digits in (("Frechet", "frechet", 2), ("random conv", "conv", 1))
-         for name in ("euler", "ab2") for steps in (3, 5, 25)],
-        "photos", "svg", "shrunk"),
+         for name, steps in evidence.SHRUNK], "photos", "svg", "shrunk"),
     photographs("controls", "", "latent | sampler | guidance",
                 *by_steps(DUO + named(*evidence.CONTROLS)), "photos_controls", "encoder0"),
     photographs(
@@ -789,7 +788,7 @@ SECTIONS = [
                        for head, *column in rulers(steps="decoded")[:5]),
          *((f"Frechet, {steps} {name} steps", "generation", "frechet", 2,
             dict(sampler=name, steps=steps))
-           for name in ("euler", "ab2") for steps in (3, 5, 25)),
+           for name, steps in evidence.SHRUNK),
          *scores(", w = 2", scale=2.0)), "photos photos_gain", "gain16", preset="photos-plain"),
     photographs(
         "how semantic must the encoder be?", "", "encoder of SVG",

@@ -64,32 +64,34 @@ def spectrum(latents, labels=None):
     labels (n,): the covariance within the classes instead, pooled; the sum of its eigenvalues is
     smaller than without labels by the variance of the class means.
     """
-    x = torch.as_tensor(latents).flatten(1).double()
-    labels = torch.zeros(len(x)) if labels is None else torch.as_tensor(labels)
-    _, k = labels.unique(return_inverse=True)
-    groups = F.one_hot(k).double()                                             # (n, K)
-    means = groups.T @ x / groups.sum(0)[:, None]
-    x = x - means[k]
+    x, means, _ = centered(latents, labels)
     # x x^T has the same eigenvalues but for zeros, and is smaller if there are fewer latents
     products = (x @ x.T if len(x) < x.shape[1] else x.T @ x) / (len(x) - len(means))
     found = torch.linalg.eigvalsh(products).flip(0).clamp(min=0)
     return F.pad(found, (0, x.shape[1] - len(found)))
 
 
+def centered(latents, labels=None):
+    """Latents (n, ...) -> float64: deviations from the class means (n, d), the K means (K, d); and
+    each one's class, an int64 (n,).  Without labels there is one class."""
+    x = torch.as_tensor(latents).flatten(1).double()
+    labels = torch.zeros(len(x)) if labels is None else torch.as_tensor(labels)
+    _, k = labels.unique(return_inverse=True)
+    groups = F.one_hot(k).double()                                             # (n, K)
+    means = groups.T @ x / groups.sum(0)[:, None]
+    return x - means[k], means, k
+
+
 def shrink(latents, labels, rows, factors):
     """What a sampler would leave of latents (n, d): in each principal direction within the classes,
-    the deviation from the class mean is multiplied by factors(L), of the eigenvalues (k,).
+    the deviation from the class mean is multiplied by factors(L), of the eigenvalues (r,).
 
     -> float32 (len(rows), d), of these rows, for each function in the list `factors`.
     """
-    x = latents.double()
-    groups = F.one_hot(labels.long()).double()                                 # (n, K)
-    means = (groups.T @ x / groups.sum(0)[:, None])[labels.long()]
-    x = x - means
-    _, scale, directions = torch.linalg.svd(x, full_matrices=False)            # (k,), (k, d)
-    lam = scale.square() / (len(x) - groups.shape[1])
-    along = x[rows] @ directions.T                                             # (rows, k)
-    return [(means[rows] + along * factor(lam) @ directions).float() for factor in factors]
+    x, means, k = centered(latents, labels)
+    _, scale, directions = torch.linalg.svd(x, full_matrices=False)            # (r,), (r, d)
+    lam, along = scale.square() / (len(x) - len(means)), x[rows] @ directions.T    # (rows, r)
+    return [(means[k[rows]] + along * factor(lam) @ directions).float() for factor in factors]
 
 
 def effective_dimension(eigenvalues):
