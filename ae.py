@@ -565,7 +565,8 @@ def train(c):
     config.compile_parts(model, (Block, Decoder), c.compile, device)
     network, began = config.parallel(model), time.time()
     start = checkpoint["step"] if checkpoint else 0
-    loop = config.Loop("ae", c, optimizer, path, save, start, losses=path.with_suffix(".tsv"))
+    loop = config.Loop("ae", c, optimizer, path, save, start, losses=path.with_suffix(".tsv"),
+                       slower=c.gan_start if gan else 0)
     for step in loop:
         x, g = batch(step)                                             # (B, 3, S, S)
         with autocast():

@@ -78,6 +78,7 @@ PRESETS = {
         dit="--preset photos --dim 192 --depth 4 --heads 6 --steps 1250",
         pretrain="--preset photos --keep 0,400,1200", encoders=(0, 400, 1200))),
     "photos-plain": photos | dict(ae="--preset photos --steps 700 --gan 0"),
+    "photos-long": photos | dict(ae="--preset photos"),          # stage 1 in full: 2,400 steps
 }
 
 
@@ -250,6 +251,9 @@ EXPERIMENTS = {
         "how semantic must the encoder be? checkpoints of its pretraining",
         dict(latents=(name := ("encoder*", "svg")), generation=name),
         (("euler", 3, 1.0), ("euler", 25, 1.0), *BOTH)),
+    "photos_long": Experiment(
+        "stage 1 in full, with --preset photos-long", dict(generation=DUO, latents=DUO),
+        (*itertools.product(("euler",), (3, 5, 25), (1.0,)), *BOTH, ("ab2", 3, 2.0))),
     "photos_times": Experiment(
         "logit-normal times in training, with --preset photos-plain",
         dict(generation=("svg:logit",)), (("euler", 3, 1.0), ("euler", 25, 1.0), *BOTH)),
@@ -397,14 +401,16 @@ def encoder_file(c, name):
     """
     if name == "tiny":
         return name
-    folder = Path(c.out) / c.preset / f"encoder{name if name in FAMILIES else ''}"
+    apart = name if name in (*FAMILIES, "0") else ""     # random weights need no pretraining
+    folder = Path(c.out) / c.preset / f"encoder{apart}"
     flags = (f"{c.families} --target {name}" if name in FAMILIES else
-             f"{c.pretrain} --data {settings(c).data}")
+             f"{c.pretrain} --data {settings(c).data}" + " --steps 1 --keep 0" * (name == "0"))
     last = config.parse(pretrain.Config, pretrain.PRESETS, f"{flags} --out {folder}".split()).file
+    path = last if name in FAMILIES else last.with_stem(f"{last.stem}_{name}")
     with file_lock(folder):                        # another terminal may need it too
-        if not last.is_file():
+        if not path.is_file():
             command(pretrain, flags, 0, folder)
-    return last if name in FAMILIES else last.with_stem(f"{last.stem}_{name}")
+    return path
 
 
 def stage1(c, latent, seed):

@@ -86,7 +86,7 @@ def draw(models, assets):
     for name, folder, figure in (
             ("maps", models, draw_maps), ("residual", models, draw_residual),
             ("steps", full, partial(draw_strip, latents=DEFAULT)),
-            ("steps-photos", photos, partial(draw_strip, latents=PHOTOS)),
+            ("steps-photos", photos, partial(draw_strip, latents=PHOTOS, seed=1)),
             ("parts", Path("out/photos"), draw_parts)):
         if folder.is_dir():
             figure(folder, assets / f"{name}.png")
@@ -124,13 +124,13 @@ def draw_residual(models, path, n=16):
     save_grid(path, torch.cat(rows), n)
 
 
-def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR):
+def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR, seed=0):
     """A row for each number of steps from the same noise: SVG on the left, the VAE on the right."""
     halves = []
     for latent in latents:
-        model, decoder = sample.load(models / f"{latent}-0", "cpu")
+        model, decoder = sample.load(models / f"{latent}-{seed}", "cpu")
         y = torch.arange(10)
-        halves.append([sample.generate(model, decoder, y, k, 2.0, None, 0) for k in counts])
+        halves.append([sample.generate(model, decoder, y, k, 2.0, None, seed) for k in counts])
     save_grid(path, torch.cat([torch.cat(both) for both in zip(*halves)]), 20)
 
 

@@ -216,7 +216,7 @@ def effects(N, text):
     return text
 
 
-NAMES = {"svg": "SVG", VAE: "VAE", "vavae": "VA-VAE", "dino": "DINO only",
+NAMES = {"svg": "SVG", VAE: "VAE", "vae": "VAE, 16 channels", "vavae": "VA-VAE", "dino": "DINO only",
          "unaligned": "DINO + residual, unaligned", "gain16": "SVG, gain 16",
          "encoder0": "SVG on a random encoder", "encodertiny": "SVG on the encoder of shapes",
          "pixels": "raw pixels"}
@@ -229,6 +229,7 @@ HEADLINE = [("SVG", dict(latent="svg")), ("VAE, 16 channels", dict(latent="vae")
 # the latents of photographs
 PHOTOS = [row for row in HEADLINE if row[1].get("dit") != "longer"] + named("dino", "unaligned")
 DUO = [PHOTOS[0], PHOTOS[1]]                                     # and the two that matter most
+FEW_PHOTOS = (1, 2, 3, 5, 10, 25)
 GUIDED = [(f"{w:g}", dict(scale=w)) for w in (1.0, 2.0)]
 PSNR, SSIM = ("PSNR, dB", "latents", "psnr", 2, {}), ("SSIM", "latents", "ssim", 3, {})
 DECODED = (("decoded factors", "latents", "decoded_factors", 2, {}),
@@ -334,13 +335,12 @@ def photographs(title, finding, label, rows, columns, command, latent, table="ge
 
 def by_steps(latents):
     """Rows and columns of photographs: few steps of both samplers, of one also with guidance."""
-    few = (1, 2, 3, 5, 10, 25)
     how = [(f"{name} | {w:g}", dict(sampler=name, scale=w))
            for name, w in (("euler", 1.0), ("ab2", 1.0), ("ab2", 2.0))]
     return cross(latents, how), [
         (f"{name}, {k} step{'s' * (k > 1)}", "generation", column, digits, dict(steps=k))
         for name, column, digits, shown in (
-            ("random conv", "conv", 1, few), ("Frechet", "frechet", 2, few),
+            ("random conv", "conv", 1, FEW_PHOTOS), ("Frechet", "frechet", 2, FEW_PHOTOS),
             ("accuracy", "accuracy", 3, (3, 25))) for k in shown]
 
 
@@ -774,6 +774,13 @@ SECTIONS = [
                for sampler, steps, w in evidence.EXPERIMENTS["photos_times"].settings]),
         scores(latent="svg"), "photos_times", "svg", dit="logit", preset="photos-plain"),
     photographs(
+        "stage 1 in full", "", "latent", DUO,
+        (PSNR, SSIM, *((f"decoded {head}", *column)
+                       for head, *column in rulers(steps="decoded")[:5]),
+         *((f"Frechet, {steps} Euler steps", "generation", "frechet", 2,
+            dict(sampler="euler", steps=steps)) for steps in (3, 5, 25)),
+         *scores(), *scores(", w = 2", scale=2.0)), "photos_long", "svg", preset="photos-long"),
+    photographs(
         "without the GAN, and with a louder residual",
         """Without the GAN, one seed: the VAE with 16 channels reconstructs better than SVG, 20.27
         dB against 19.08, and SVG is ahead of it in Frechet with three Euler steps, 11.96 against
@@ -884,11 +891,11 @@ BLUE, RED = "#2f6fb7", "#d0342c"
 
 def curves(N, folder):
     """fewsteps.png, training.png and encoder.png, unless a point is missing."""
-    def both(title, column, xs, axis, xlabel, keys, **options):
-        """A panel: SVG and VAE over xs, the values of `axis`; the second of the keys is thin."""
-        series = [("" if key is keys[1] else NAMES[z], color, key is keys[1],
+    def both(title, column, xs, axis, xlabel, keys, latents=(("svg", BLUE), (VAE, RED)), **options):
+        """A panel: latents over xs, the values of `axis`; the second of the keys is thin."""
+        series = [("" if i else NAMES[z].partition(",")[0], color, bool(i),
                    [N.values("generation", column, latent=z, **key | {axis: x}) for x in xs])
-                  for z, color in (("svg", BLUE), (VAE, RED)) for key in keys]
+                  for z, color in latents for i, key in enumerate(keys)]
         return title, series, xs, xlabel, options
 
     for name, axis, xs, xlabel, keys in (
@@ -899,6 +906,15 @@ def curves(N, folder):
         write(Path(folder) / f"{name}.png", [
             both("random conv", "conv", xs, axis, xlabel, keys),
             both("accuracy", "accuracy", xs, axis, xlabel, keys, logy=False)])
+
+    photos, two = dict(preset="photos"), (("svg", BLUE), ("vae", RED))
+    three = *two, ("encoder0", GRAY)
+    few = "steps", "Euler steps", [photos | dict(sampler="euler")]
+    write(Path(folder) / "photos-curves.png", [
+        both("random conv", "conv", FEW_PHOTOS, *few, three),
+        both("Frechet", "frechet", FEW_PHOTOS, *few, three),
+        both("Frechet", "frechet", evidence.PRESETS["photos"]["kept"], "trained", "training steps",
+             [photos, photos | dict(scale=2.0)], two)])
 
     rows = next(s for s in SECTIONS if s.command == "encoder").rows[:len(ENCODERS) + 1]
     keys = [key for _, key in rows if N.rows("encoders", **key)]

@@ -441,11 +441,13 @@ class Loop:
 
     c: a Config with steps, save_every and what `rate` reads; path: the checkpoint, for messages;
     losses: a .tsv file for the numbers that are shown, one row each time.  A resumed run continues
-    the rows of the steps before it.
+    the rows of the steps before it.  slower: the step from which steps take longer, if any; the
+    time is announced again there.
     """
 
-    def __init__(self, name, c, optimizer, path, save, start=0, rate=None, losses=None):
+    def __init__(self, name, c, optimizer, path, save, start=0, rate=None, losses=None, slower=0):
         self.name, self.c, self.optimizer, self.path = name, c, optimizer, path
+        self.slower = slower
         self.save, self.start, self.rate = save, start, rate or learning_rate
         self.finite, self.shown, self.losses, self.rows = True, {}, losses, {}
         if losses and start and Path(losses).is_file():
@@ -478,10 +480,10 @@ class Loop:
                 # waits for the device only here
                 if step == 0 or (step + 1) % 50 == 0 or saving or last:
                     self.show(bar, step, saving or last)
-                if step == self.start:          # not counted: it compiles and fills caches
-                    began = time.time()
-                elif step == self.start + 20:
-                    self.forecast((time.time() - began) / 20, c.steps - step - 1)
+                if step in (self.start, self.slower):     # not counted: it compiles, fills caches
+                    first, began = step, time.time()
+                elif step == first + 20:
+                    self.forecast((time.time() - began) / 20, step + 1)
                 if saving and not last:
                     self.save(step + 1)
                     if asked:
@@ -514,11 +516,14 @@ class Loop:
         text = "\n".join(["\t".join(["step", *cells]), *self.rows.values()]) + "\n"
         atomic(self.losses, lambda path: Path(path).write_text(text))
 
-    def forecast(self, seconds, steps):
-        """Print how long so many more steps of so many seconds will take, unless it is short."""
+    def forecast(self, seconds, step):
+        """Print how long the steps from this one on will take, of so many seconds each, unless it
+        is short; only up to the step from which they take longer."""
+        changes = step < self.slower < self.c.steps
+        steps = (self.slower if changes else self.c.steps) - step
         if seconds * steps > 60:
             tqdm.write(f"{self.name}: about {seconds * steps / 60:.0f} min for {steps} more steps, "
-                       f"{seconds:.3g} s each")
+                       f"{seconds:.3g} s each" + "; the steps after them take longer" * changes)
 
 
 def learning_rate(config, step):

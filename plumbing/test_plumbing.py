@@ -102,13 +102,17 @@ def test_a_long_run_says_once_how_long_it_will_take(capsys, monkeypatch):
     optimizer, now = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0), [0.0]
     monkeypatch.setattr(config.time, "time", lambda: now[0])
 
-    def told(start, seconds):
-        for step in config.Loop("x", Settings, optimizer, "x.pt", None, start):
-            now[0] += 90 if step == start else seconds             # the first step compiles
+    def told(start, seconds, slower=0):
+        for step in config.Loop("x", Settings, optimizer, "x.pt", None, start, slower=slower):
+            now[0] += 90 if step in (start, slower) else seconds   # the first step compiles
         return capsys.readouterr().out
     assert told(0, 3) == "x: about 4 min for 79 more steps, 3 s each\n"
     assert told(30, 4) == "x: about 3 min for 49 more steps, 4 s each\n"
     assert told(0, 0.1) == told(85, 60) == ""                      # short, or soon over
+    assert told(0, 6, slower=50) == (
+        "x: about 3 min for 29 more steps, 6 s each; the steps after them take longer\n"
+        "x: about 3 min for 29 more steps, 6 s each\n")
+    assert told(60, 6, slower=50) == told(60, 6) == told(60, 6, slower=100) != ""
 
 
 # ---------------------------------------------------------------- fetch.py
