@@ -7,11 +7,11 @@ back into pixels (SVG, arXiv 2510.15301, section 3.2 and Figure 5).
 
     python ae.py                              # shapes, 32 px; 2.0 minutes on two CPU cores
     python ae.py --latent vae --out out/vae   # the baseline: a KL-VAE built from the same networks
-    python ae.py --data ~/photos --size 64    # a folder with one sub-folder per class
+    python ae.py --data ~/photos --size 64 --out out/mine     # a folder, one sub-folder per class
 
-Writes out/<preset>/ae.pt (self-describing), ae.tsv (the losses, every 50 steps) and
-reconstructions.png (each image next to its reconstruction).  Stage 2 caches the latents in the same
-folder, see `load_latents`.
+Writes out/<preset>/ae.pt (self-describing), ae.tsv (the losses, every 50 steps) and, from the first
+checkpoint on, reconstructions.png (each image next to its reconstruction).  Stage 2 caches the
+latents in the same folder, see `load_latents`.
 """
 import contextlib, math, shutil, time
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ class Config:
                                 "tiny or photos whatever --encoder is, or LPIPS on VGG16 (paper: "
                                 "lpips)", ("encoder", "tiny", "photos", "lpips"))
     perceptual_view: str = field("auto", "compare them after the same random rotation and zoom; "
-                                 "auto: of photographs, but for lpips", ("auto", "yes", "no"))
+                                 "auto: of photographs, except for lpips", ("auto", "yes", "no"))
     gan: float = field(0.0, "weight of the PatchGAN loss (paper: 0.5)")
     gan_start: int = field(2500, "steps before the discriminator joins (paper: 2,501)")
     steps: int = field(700, "optimizer steps", also=["epochs", "iterations"])
@@ -304,7 +304,7 @@ class AutoEncoder(nn.Module):
         self.register_buffer("std", torch.ones(self.latent_dim, 1, 1))
 
     def matrices(self):
-        """The decoder's weights but for its last layer's, which Muon trains.  On the residual
+        """The decoder's weights except its last layer's, which Muon trains.  On the residual
         encoder it makes the latents harder to generate (RESULTS.md, Speedrun)."""
         return [p for p in self.decoder.layers.parameters() if p.ndim > 1]
 
@@ -421,7 +421,8 @@ def same_view(images, generator):
 
     The perceptual loss of photographs needs it.  Where a decoder cannot know fine detail, one fixed
     texture, seen as a grid of dots, costs less than none, because it raises the same features of
-    the frozen network.  Under random rotation and zoom no single texture does.
+    the frozen network.  Under random rotation and zoom no single texture does; faint dots that
+    remain disappear with a GAN (RESULTS.md, Photographs).
     """
     B = len(images[0])
     angle, zoom, *move = config.rank_rows(torch.rand, B, 4, generator=generator).T
@@ -455,7 +456,7 @@ def choose_encoder(c):
         return c.encoder
     if c.data in DRAWN:
         return "tiny"
-    found, why = (("photos", f"--data {c.data} is photographs") if PHOTOS.is_file() else
+    found, why = (("photos", f"--data {c.data} holds photographs") if PHOTOS.is_file() else
                   ("tiny", f"there is no {PHOTOS}"))
     print(f"--encoder {found}, because {why}")
     return found
@@ -466,7 +467,7 @@ def load_ae(path, device="cpu", unfinished=False):
 
     Raises UserError when the file is missing, corrupt, of another kind or version, or unfinished.
     """
-    checkpoint = config.load_kind(path, "ae", "python ae.py")
+    checkpoint = config.load_kind(path, "ae", f"python ae.py --out {Path(path).parent}")
     if checkpoint["fingerprint"] is None and not unfinished:
         raise UserError(f"{path}: stage 1 is unfinished (step {checkpoint['step']} of "
                         f"{checkpoint['config']['steps']}); run its `python ae.py` command again")
@@ -555,6 +556,8 @@ def train(c):
                 kind="ae", version=config.VERSION, config=config.plain(c), step=step,
                 vit=vars(model.dino.config), class_names=class_names, fingerprint=fingerprint,
                 **{k: part.state_dict() for k, part in parts.items()}))
+            if not fingerprint:                          # a preview
+                reconstruct(c, model, autocast, device)
 
     parts = dict(model=model, optimizer=optimizer, scaler=scaler, **(dict(gan=gan) if gan else {}))
     config.restore(checkpoint, parts)
@@ -647,10 +650,10 @@ def announce(c, device, model, count):
           f"{c.steps} steps of {c.batch}; {config.flags(c)}")
     if c.encoder == "tiny" and c.latent != "vae" and c.data not in DRAWN:
         print("warning: the tiny encoder knows only shapes, and its tokens hardly separate classes "
-              "of other images; use --encoder photos, or a DINOv3 such as vits16plus")
+              "of other images; use --encoder photos, or --preset imagenette with a DINOv3")
     if c.data not in DRAWN and not c.gan:
-        print("without --gan, fine detail of photographs stays blurred; --preset photos --classes "
-              "all has one, and takes longer")
+        print("without a GAN, fine detail of photographs stays blurred; --preset photos --classes "
+              "all added to this command trains with one, and takes longer")
 
 
 @torch.no_grad()
@@ -674,22 +677,29 @@ def measure_statistics(model, images, autocast, device, scalar=False, most=5000)
 
 
 @torch.no_grad()
+def reconstruct(c, model, autocast, device, most=64):
+    """At most so many held-out images and their reconstructions, (n, 3, S, S) each; writes 64 of
+    them to reconstructions.png."""
+    held, training = load_pictures(model, "test")[0], model.training
+    x = to_float(held, evenly(len(held), most), None, device)
+    model.eval()
+    with autocast():
+        y = torch.cat([model.decode(model.encode(part)) for part in x.split(250)])
+    model.train(training)
+    few = evenly(len(x), 64)
+    pairs = torch.stack([x[few], y[few]], 1).flatten(0, 1)         # image, reconstruction, ...
+    save_grid(Path(c.out) / "reconstructions.png", to_uint8(pairs), 16)
+    return x, y
+
+
 def evaluate(c, model, autocast, device):
     """Print the reconstruction scores on held-out images, write reconstructions.png -> model."""
     model.eval()
-    if config.rank():                                    # one process writes
-        return model
-    held = load_pictures(model, "test")[0]
-    x = to_float(held, evenly(len(held), 2000), None, device)
-    with autocast():
-        y = torch.cat([model.decode(model.encode(part)) for part in x.split(250)])
-    few = evenly(len(x), 64)
-    pairs = torch.stack([x[few], y[few]], 1).flatten(0, 1)         # image, reconstruction, ...
-    path = Path(c.out) / "reconstructions.png"
-    save_grid(path, to_uint8(pairs), 16)
-    print(f"wrote {path}: each held-out image next to its reconstruction\n"
-          f"reconstruction of {len(x)} held-out images, seed {c.seed}:\n"
-          f"psnr_db: {psnr(x, y).mean():.2f}\nssim: {ssim(x, y).mean():.3f}")
+    if config.rank() == 0:                               # one process writes
+        x, y = reconstruct(c, model, autocast, device, 2000)
+        print(f"wrote {Path(c.out) / 'reconstructions.png'}: each held-out image next to its "
+              f"reconstruction\nreconstruction of {len(x)} held-out images, seed {c.seed}:\n"
+              f"psnr_db: {psnr(x, y).mean():.2f}\nssim: {ssim(x, y).mean():.3f}")
     return model
 
 

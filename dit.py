@@ -109,7 +109,7 @@ PRESETS = {
     # 64 tokens. One CPU core, seed 0, 64 min; 10 steps, guidance 3: accuracy .966, Frechet 2.62,
     # random conv 25.4; guidance 2: .946, 2.31, 22.1; of decode(encode(x)): .778, 2.18, 11.2.
     "photos": dict(dim=256, depth=6, heads=4, steps=6000, logit_normal=False),
-    # The paper's optimizer and shifts, its size B. Not trained here: no weights, no photographs.
+    # The paper's optimizer and shifts, its size B. Not trained here: no weights.
     "imagenette": dict(model="B", shift="2.5", sample_shift="6.67", logit_normal=False, steps=40000,
                        batch=256, lr=1e-4, muon=0.0, warmup=0, decay=False, beta2=0.999, clip=0.0,
                        ema=0.9999, preview_every=2000, save_every=2000),
@@ -260,7 +260,7 @@ class Repa(nn.Module):
 def load_dit(path, device="cpu"):
     """dit.pt -> DiT with the EMA weights, in eval mode, with `sample_shift`, `step`, and the
     `ae_fingerprint` and `ae_folder` of the autoencoder whose latents it learned.  UserError."""
-    checkpoint = config.load_kind(path, "dit", "python dit.py")
+    checkpoint = config.load_kind(path, "dit", f"python dit.py --out {Path(path).parent}")
     c = checkpoint["config"]
     model = DiT(checkpoint["channels"], checkpoint["classes"], c["dim"], c["depth"], c["heads"])
     model.load_state_dict(checkpoint["ema"])                       # strict

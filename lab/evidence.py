@@ -1,5 +1,5 @@
 """The experiments of RESULTS.md, one command each, on the embedded data and without a download
-(but for those of photographs).
+(except those of photographs).
 
     python -m lab.evidence                     # lists them
     python -m lab.evidence residual            # Figure 5, Table 4: the residual and its matching
@@ -827,7 +827,7 @@ def main(argv=None):
             print(f"{name}: no such experiment; there are all, {', '.join(EXPERIMENTS)}",
                   file=sys.stderr)
             sys.exit(2)
-    if "all" in names:                              # but those of photographs, which are no shapes
+    if "all" in names:                              # except those of photographs
         names = [name for name in EXPERIMENTS if not name.startswith("photos")]
     began, found = time.time(), tables(c.results)
     for name in names:

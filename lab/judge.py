@@ -7,7 +7,7 @@ of an image.  sample.py finds the judge of its classes, judge*.pt in its --out o
     python -m lab.judge --out out/judge     trains one like it; 2 CPU cores: 44 s
     python -m lab.judge --preset factors --out out/judge     weights/factors.pt: 90 s of one core
     python -m lab.judge --data ~/photos --size 64 --out out/mine     out/mine/judge.pt
-    python -m lab.judge --preset photos     weights/judge-photos.pt: 10 minutes of one core
+    python -m lab.judge --preset photos --overwrite    weights/judge-photos.pt: 10 min of one core
     python -m lab.judge --preset debug      the same path in seconds, to out/debug
 """
 import time

@@ -86,7 +86,7 @@ def draw(models, assets):
     for name, folder, figure in (
             ("maps", models, draw_maps), ("residual", models, draw_residual),
             ("steps", full, partial(draw_strip, latents=DEFAULT)),
-            ("steps-photos", photos, partial(draw_strip, latents=PHOTOS, seed=1)),
+            ("steps-photos", photos, partial(draw_strip, latents=PHOTOS)),
             ("parts", Path("out/photos"), draw_parts)):
         if folder.is_dir():
             figure(folder, assets / f"{name}.png")
@@ -124,9 +124,11 @@ def draw_residual(models, path, n=16):
     save_grid(path, torch.cat(rows), n)
 
 
-def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR, seed=0):
-    """A row for each number of steps from the same noise: SVG on the left, the VAE on the right."""
+def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR):
+    """A row for each number of steps from the same noise: SVG on the left, the VAE on the right; of
+    the first seed that the VAE was trained with."""
     halves = []
+    seed = min(int(p.parent.name.rpartition("-")[2]) for p in models.glob(f"{latents[1]}-*/dit.pt"))
     for latent in latents:
         model, decoder = sample.load(models / f"{latent}-{seed}", "cpu")
         y = torch.arange(10)

@@ -65,7 +65,7 @@ def spectrum(latents, labels=None):
     smaller than without labels by the variance of the class means.
     """
     x, means, _ = centered(latents, labels)
-    # x x^T has the same eigenvalues but for zeros, and is smaller if there are fewer latents
+    # x x^T has the same eigenvalues except zeros, and is smaller if there are fewer latents
     products = (x @ x.T if len(x) < x.shape[1] else x.T @ x) / (len(x) - len(means))
     found = torch.linalg.eigvalsh(products).flip(0).clamp(min=0)
     return F.pad(found, (0, x.shape[1] - len(found)))

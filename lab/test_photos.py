@@ -210,7 +210,7 @@ def test_photographs_get_the_encoder_of_photographs(embedded, photos, tmp_path, 
     one_line(run("--encoder", "photos"), "dino_photos.pt: no such file",
              "python -m lab.pretrain --preset photos")
     embedded()
-    assert pick() == ("photos", f"--encoder photos, because --data {photos} is photographs\n")
+    assert pick() == ("photos", f"--encoder photos, because --data {photos} holds photographs\n")
     for flags, encoder in ((["--encoder", "tiny"], "tiny"), (["--data", "shapes"], "tiny"),
                            (["--data", "shapes-color"], "tiny"),
                            (["--encoder", "auto.pth"], "auto.pth")):

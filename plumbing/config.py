@@ -523,7 +523,8 @@ class Loop:
         steps = (self.slower if changes else self.c.steps) - step
         if seconds * steps > 60:
             tqdm.write(f"{self.name}: about {seconds * steps / 60:.0f} min for {steps} more steps, "
-                       f"{seconds:.3g} s each" + "; the steps after them take longer" * changes)
+                       f"{seconds:.3g} s each"
+                       + f"; then {self.c.steps - self.slower} that take longer" * changes)
 
 
 def learning_rate(config, step):

@@ -153,7 +153,7 @@ def _chosen(words, classes, root):
         if _same(name) not in known:
             more = f" and {len(folders) - 5} more" if len(folders) > 5 else ""
             raise UserError(f"--classes: {root} has no class {name!r}, only "
-                            f"{', '.join([*words.values()][:5])}{more}")
+                            f"{', '.join([*words.values()][:5])}{more}; --classes all takes all")
         chosen.add(known[_same(name)])
     if not chosen:
         raise UserError(f"--classes {classes}: names no class")

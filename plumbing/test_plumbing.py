@@ -110,7 +110,7 @@ def test_a_long_run_says_once_how_long_it_will_take(capsys, monkeypatch):
     assert told(30, 4) == "x: about 3 min for 49 more steps, 4 s each\n"
     assert told(0, 0.1) == told(85, 60) == ""                      # short, or soon over
     assert told(0, 6, slower=50) == (
-        "x: about 3 min for 29 more steps, 6 s each; the steps after them take longer\n"
+        "x: about 3 min for 29 more steps, 6 s each; then 50 that take longer\n"
         "x: about 3 min for 29 more steps, 6 s each\n")
     assert told(60, 6, slower=50) == told(60, 6) == told(60, 6, slower=100) != ""
 
