@@ -78,7 +78,7 @@ PRESETS = {
         dit="--preset photos --dim 192 --depth 4 --heads 6 --steps 1250",
         pretrain="--preset photos --keep 0,400,1200", encoders=(0, 400, 1200))),
     "photos-plain": photos | dict(ae="--preset photos --steps 700 --gan 0"),
-    "photos-long": photos | dict(ae="--preset photos"),          # stage 1 in full: 2,400 steps
+    "photos-long": photos | dict(ae="--preset photos --steps 1600 --gan_start 800"),
 }
 
 
@@ -252,7 +252,7 @@ EXPERIMENTS = {
         dict(latents=(name := ("encoder*", "svg")), generation=name),
         (("euler", 3, 1.0), ("euler", 25, 1.0), *BOTH)),
     "photos_long": Experiment(
-        "stage 1 in full, with --preset photos-long", dict(generation=DUO, latents=DUO),
+        "a longer stage 1, with --preset photos-long", dict(generation=DUO, latents=DUO),
         (*itertools.product(("euler",), (3, 5, 25), (1.0,)), *BOTH, ("ab2", 3, 2.0))),
     "photos_times": Experiment(
         "logit-normal times in training, with --preset photos-plain",

@@ -247,8 +247,8 @@ The line below each table gives the command that measured its rows.
 everything could be measured with three seeds on a CPU, the models are smaller than the default's:
 preset `{preset}` of `lab/evidence.py`, in which a seed determines both stages and the noise; their
 times in training are uniform. Only the sections "The default", "When to train" and "Guidance away
-from what?", rows marked "default" and the picture of "Editing" show the default. The machine was a two-core AMD EPYC
-without a GPU, torch 2.13, one thread per run; the {trainings} trainings that were timed took
+from what?", rows marked "default" and the picture of "Editing" show the default. The machine was a
+two-core AMD EPYC without a GPU, torch 2.13, one thread per run; the {trainings} trainings that were timed took
 {hours:.1f} hours of one core.
 
 **Scores.** Samples are drawn evenly over the classes. The judge is a small CNN trained on the
@@ -267,8 +267,8 @@ convolutions too, beside as many training images as samples.
 
 **Baseline.** The VAE (`ae.py --latent vae`) uses DINO in its perceptual loss but not in its latent.
 Its encoder is the residual's network; its decoder and DiT have the same hidden sizes as SVG's and
-train for as many steps. In the sections after its tuning, except on photographs, the VAE is the tuned one, and its stage 1
-has 700 steps, not 400: with 400 it reached 21.3 dB with the tuning's seed, 9, and 16.4 with seeds 0
+train for as many steps. In the sections after its tuning, except on photographs, the VAE is the
+tuned one, and its stage 1 has 700 steps, not 400: with 400 it reached 21.3 dB with the tuning's seed, 9, and 16.4 with seeds 0
 and 1, where it had lost a color.
 """
 LIMITS = """
@@ -306,9 +306,9 @@ pretrained on the same 5,000 images without labels, in 53 minutes of one shared 
 linear probe .876 (kNN of pixels: .372). The VAE gets no such time.
 
 The pictures below come from `--preset photos` of `ae.py` and `dit.py`. The models of the tables are
-smaller and train less: preset `photos` of `lab/evidence.py`, 700 steps of stage 1, the last 400 with
-a GAN, and a DiT of 4 blocks, 192 wide, 1,250 steps. `photos-plain` is the same without the GAN,
-`photos-long` with all of stage 1 of `ae.py --preset photos`, 2,400 steps. The judge is
+smaller and train less: preset `photos` of `lab/evidence.py`, 700 steps of stage 1, the last 400
+with a GAN, and a DiT of 4 blocks, 192 wide, 1,250 steps. `photos-plain` is the same without the GAN,
+`photos-long` with 1,600 steps of stage 1 instead of 700. The judge is
 `weights/judge-photos.pt`, `python -m lab.judge --preset photos`. The VAE has 16 channels and is
 ahead of the one with 8, which was tuned on `shapes`, in most scores.
 """
@@ -319,9 +319,9 @@ bridge, teddy, pizza, alp, one row each; ten steps of ab2, guidance 3, seed 0. S
 minutes of one shared core, stage 2 64. Goldfish, penguins, pizza and alps are easy to name,
 ladybugs, monarchs, buses and cars in part; bridges and most teddies are not. (We knew the labels;
 nobody has named them without.) The judge recognizes .966 of 500 samples, .898 of the held-out
-images and .778 of their reconstructions (18.9 dB); the Frechet distances are 2.62, 0.31 and 2.18, so
-accuracy alone flatters the samples. With guidance 2 they are .946 and 2.31. Stage 1 has a GAN in its
-second half; without it (half as many steps) reconstructions had .682 and 5.44 and showed grids of
+images and .778 of their reconstructions (18.9 dB); the Frechet distances are 2.62, 0.31 and 2.18,
+so accuracy alone flatters the samples. With guidance 2 they are .946 and 2.31. Stage 1 has a GAN in
+its second half; without it (half as many steps) reconstructions had .682 and 5.44 and showed grids of
 dots despite the random views of the perceptual loss.*
 """
 PARTS = """
@@ -376,8 +376,8 @@ SECTIONS = [
         """What `python ae.py && python dit.py && python sample.py` trains, and its baselines
         with the same decoder, DiT and steps: a VAE with 16 channels, the tuned one, VA-VAE,
         REPA, and the first with 6,200 more steps of its DiT, to make up for the pretraining of
-        SVG's encoder: 13 minutes on one to two cores. With three or five steps of ab2 SVG has the best
-        accuracy, Frechet distance in the judge, factors, random conv and color. With ten it has
+        SVG's encoder: 13 minutes on one to two cores. With three or five steps of ab2 SVG has the
+        best accuracy, Frechet distance in the judge, factors, random conv and color. With ten it has
         the best accuracy, Frechet distance in the judge and factors; in random conv the VAEs are
         ahead without guidance and level with it, within the deviations (12.1 against 10.3 to
         11.8, but 18.6 with longer training), and their recall is mostly higher. With Euler steps
@@ -787,7 +787,7 @@ SECTIONS = [
                for sampler, steps, w in evidence.EXPERIMENTS["photos_times"].settings]),
         scores(latent="svg"), "photos_times", "svg", dit="logit", preset="photos-plain"),
     photographs(
-        "stage 1 in full", "", "latent", DUO,
+        "a longer stage 1", "", "latent", DUO,
         (PSNR, SSIM, *((f"decoded {head}", *column)
                        for head, *column in rulers(steps="decoded")[:5]),
          *((f"Frechet, {steps} Euler steps", "generation", "frechet", 2,
