@@ -248,8 +248,8 @@ everything could be measured with three seeds on a CPU, the models are smaller t
 preset `{preset}` of `lab/evidence.py`, in which a seed determines both stages and the noise; their
 times in training are uniform. Only the sections "The default", "When to train" and "Guidance away
 from what?", rows marked "default" and the picture of "Editing" show the default. The machine was a
-two-core AMD EPYC without a GPU, torch 2.13, one thread per run; the {trainings} trainings that were timed took
-{hours:.1f} hours of one core.
+two-core AMD EPYC without a GPU, torch 2.13, one thread per run; the {trainings} trainings that were
+timed took {hours:.1f} hours of one core.
 
 **Scores.** Samples are drawn evenly over the classes. The judge is a small CNN trained on the
 labels of `shapes` (`lab/judge.py`); it shares nothing with the encoder. *Accuracy* is the fraction
@@ -268,8 +268,8 @@ convolutions too, beside as many training images as samples.
 **Baseline.** The VAE (`ae.py --latent vae`) uses DINO in its perceptual loss but not in its latent.
 Its encoder is the residual's network; its decoder and DiT have the same hidden sizes as SVG's and
 train for as many steps. In the sections after its tuning, except on photographs, the VAE is the
-tuned one, and its stage 1 has 700 steps, not 400: with 400 it reached 21.3 dB with the tuning's seed, 9, and 16.4 with seeds 0
-and 1, where it had lost a color.
+tuned one, and its stage 1 has 700 steps, not 400: with 400 it reached 21.3 dB with the tuning's
+seed, 9, and 16.4 with seeds 0 and 1, where it had lost a color.
 """
 LIMITS = """
 - **The judge sees only shape.** Recolored to one red on one gray, held-out images keep an accuracy
@@ -307,8 +307,8 @@ linear probe .876 (kNN of pixels: .372). The VAE gets no such time.
 
 The pictures below come from `--preset photos` of `ae.py` and `dit.py`. The models of the tables are
 smaller and train less: preset `photos` of `lab/evidence.py`, 700 steps of stage 1, the last 400
-with a GAN, and a DiT of 4 blocks, 192 wide, 1,250 steps. `photos-plain` is the same without the GAN,
-`photos-long` with 1,600 steps of stage 1 instead of 700. The judge is
+with a GAN, and a DiT of 4 blocks, 192 wide, 1,250 steps. `photos-plain` is the same without the
+GAN, `photos-long` with 1,600 steps of stage 1 instead of 700. The judge is
 `weights/judge-photos.pt`, `python -m lab.judge --preset photos`. The VAE has 16 channels and is
 ahead of the one with 8, which was tuned on `shapes`, in most scores.
 """
@@ -321,8 +321,8 @@ ladybugs, monarchs, buses and cars in part; bridges and most teddies are not. (W
 nobody has named them without.) The judge recognizes .966 of 500 samples, .898 of the held-out
 images and .778 of their reconstructions (18.9 dB); the Frechet distances are 2.62, 0.31 and 2.18,
 so accuracy alone flatters the samples. With guidance 2 they are .946 and 2.31. Stage 1 has a GAN in
-its second half; without it (half as many steps) reconstructions had .682 and 5.44 and showed grids of
-dots despite the random views of the perceptual loss.*
+its second half; without it (half as many steps) reconstructions had .682 and 5.44 and showed grids
+of dots despite the random views of the perceptual loss.*
 """
 PARTS = """
 *What each part of the latent carries, one generated image per class (ten steps of ab2, guidance 2,
@@ -377,16 +377,16 @@ SECTIONS = [
         with the same decoder, DiT and steps: a VAE with 16 channels, the tuned one, VA-VAE,
         REPA, and the first with 6,200 more steps of its DiT, to make up for the pretraining of
         SVG's encoder: 13 minutes on one to two cores. With three or five steps of ab2 SVG has the
-        best accuracy, Frechet distance in the judge, factors, random conv and color. With ten it has
-        the best accuracy, Frechet distance in the judge and factors; in random conv the VAEs are
-        ahead without guidance and level with it, within the deviations (12.1 against 10.3 to
+        best accuracy, Frechet distance in the judge, factors, random conv and color. With ten it
+        has the best accuracy, Frechet distance in the judge and factors; in random conv the VAEs
+        are ahead without guidance and level with it, within the deviations (12.1 against 10.3 to
         11.8, but 18.6 with longer training), and their recall is mostly higher. With Euler steps
         the VAEs have the lower random conv, except with three unguided ones, where SVG is level
-        with the best of them. Aligning the VAE's
-        latent or its DiT to SVG's encoder raises the accuracy by less than .10. Longer
-        training of its DiT does far more: with ten guided steps of ab2 the VAE's accuracy rises
-        from .591 to .890 (one seed). So at equal total time most of SVG's lead in accuracy is
-        gone. The last rows are the floors: held-out images, decoded from their latents and as
+        with the best of them. Aligning the VAE's latent or its DiT to SVG's encoder raises the
+        accuracy by less than .10. Longer training of its DiT does far more: with ten guided steps
+        of ab2 the VAE's accuracy rises from .591 to .890 (one seed). So at equal total time most of
+        SVG's lead in accuracy is gone. The last rows are the floors: held-out images, decoded from
+        their latents and as
         they are.""",
         "latent | sampler | steps | guidance",
         [(f"{name} | {sampler} | {k} | {w:g}", dict(key, sampler=sampler, steps=k, scale=w))
