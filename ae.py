@@ -13,7 +13,7 @@ Writes out/<preset>/ae.pt (self-describing), ae.tsv (the losses, every 50 steps)
 checkpoint on, reconstructions.png (each image next to its reconstruction).  Stage 2 caches the
 latents in the same folder, see `load_latents`.
 """
-import contextlib, math, shutil, time
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,15 +23,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import DRAWN, evenly, load_images, to_float, to_uint8, warn_of_few
+from data import DRAWN, evenly, load_images, to_float, to_uint8
 from dino import Block, DINOv3, ViTConfig, load_dino, rebuild
 from metrics import psnr, ssim
 from plumbing import config, muon
-from plumbing.config import UserError, check_training, field, require
+from plumbing.align import alignment_loss
+from plumbing.config import UserError, at_least, check_training, field, require
 from plumbing.draw import save_grid
-from plumbing.fetch import file_lock
+from plumbing.fetch import cached_array
 from plumbing.gan import GAN, adaptive_weight
 from plumbing.lpips import load_lpips
+from plumbing.photos import warn_of_few
+from plumbing.views import same_view
 from plumbing.weights import PHOTOS
 
 # Letters: B batch, S image side, h w the latent grid, N = h w tokens,
@@ -107,10 +110,8 @@ class Config:
     def check(self):
         """ValueError for impossible values, before anything is read or written."""
         check_training(self)
-        for name, least in dict(size=8, images=0, residual_dim=1, muon=0, vae_dim=1, layer=0, ch=8,
-                                enc_dim=32, perceptual=0, gan=0, kl=0, align=0, clip=0,
-                                noise=0).items():
-            require(getattr(self, name) >= least, f"--{name} must be at least {least}")
+        at_least(self, size=8, images=0, residual_dim=1, muon=0, vae_dim=1, layer=0, ch=8,
+                 enc_dim=32, perceptual=0, gan=0, kl=0, align=0, clip=0, noise=0)
         require(0 <= self.mask_prob < 1, "--mask_prob must be in [0, 1)")
         require(self.residual_gain > 0, "--residual_gain must be positive")
         require(self.ch % 8 == 0, "--ch must be a multiple of 8")
@@ -414,38 +415,6 @@ def choose_perceptual(c, model, device):
         return lambda y, x, generator: distance(y, x)
     return lambda y, x, generator: distance(*same_view((y, x), generator))
 
-
-def same_view(images, generator):
-    """Several batches of images (B, 3, S, S), each image rotated by any angle, zoomed by 1/1.41 to
-    1.41 and moved by up to S / 8 at random, mirrored at its edges; alike in all the batches.
-
-    The perceptual loss of photographs needs it.  Where a decoder cannot know fine detail, one fixed
-    texture, seen as a grid of dots, costs less than none, because it raises the same features of
-    the frozen network.  Under random rotation and zoom no single texture does; faint dots that
-    remain disappear with a GAN (RESULTS.md, Photographs).
-    """
-    B = len(images[0])
-    angle, zoom, *move = config.rank_rows(torch.rand, B, 4, generator=generator).T
-    zoom, move = 2 ** (zoom - 0.5), torch.stack(move, 1) / 2 - 0.25      # (B,), (B, 2): half sides
-    cos, sin = zoom * (2 * math.pi * angle).cos(), zoom * (2 * math.pi * angle).sin()
-    turn = torch.stack([cos, -sin, sin, cos], 1).view(B, 2, 2)
-    where = torch.cat([turn, move[..., None]], 2).to(images[0].device)                 # (B, 2, 3)
-    grid = F.affine_grid(where, images[0].shape, align_corners=False)
-    return [F.grid_sample(x.float(), grid, padding_mode="reflection", align_corners=False)
-            for x in images]
-
-
-def alignment_loss(z, h, cosine_margin=0.5, distance_margin=0.25):
-    """VA-VAE's two losses (arXiv 2501.01423, section 3.2): a latent token, mapped linearly to the
-    encoder's width, should point where the encoder's token does; and any two tokens of an image
-    should be as far apart in angle as the encoder's are.  No loss within the margins.
-
-    z (B, N, D): sampled latent tokens, mapped; h (B, N, D): the encoder's.
-    """
-    z, h = F.normalize(z, dim=-1), F.normalize(h, dim=-1)
-    pointwise = F.relu(1 - cosine_margin - (z * h).sum(-1)).mean()
-    return pointwise + F.relu((z @ z.mT - h @ h.mT).abs() - distance_margin).mean()
-
 # ---------------------------------------------------------------- load
 
 
@@ -462,13 +431,13 @@ def choose_encoder(c):
     return found
 
 
-def load_ae(path, device="cpu", unfinished=False):
+def load_ae(path, device="cpu"):
     """ae.pt -> AutoEncoder in eval mode, with `config`, `class_names` and `fingerprint`.
 
     Raises UserError when the file is missing, corrupt, of another kind or version, or unfinished.
     """
     checkpoint = config.load_kind(path, "ae", f"python ae.py --out {Path(path).parent}")
-    if checkpoint["fingerprint"] is None and not unfinished:
+    if checkpoint["fingerprint"] is None:
         raise UserError(f"{path}: stage 1 is unfinished (step {checkpoint['step']} of "
                         f"{checkpoint['config']['steps']}); run its `python ae.py` command again")
     model = AutoEncoder(Config(**checkpoint["config"]), rebuild(checkpoint["vit"]))
@@ -477,15 +446,14 @@ def load_ae(path, device="cpu", unfinished=False):
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_pictures(ae, split="train"):
-    """The data set that an autoencoder was trained on -> images uint8 (M, 3, S, S), labels int64
-    (M,)"""
-    c = ae.config
-    images, labels, _ = load_images(c.data, c.size, split, classes=c.classes)
+def load_pictures(c, split="train", size=0):
+    """The data set of a Config, at another `size` if that is given -> as from `load_images`; of the
+    training images only --images."""
+    images, labels, class_names = load_images(c.data, size or c.size, split, classes=c.classes)
     if split == "train" and c.images:
         part = evenly(len(images), c.images)
-        return images[part.numpy()], labels[part]
-    return images, labels
+        images, labels = images[part.numpy()], labels[part]
+    return images, labels, class_names
 
 
 @torch.no_grad()
@@ -496,7 +464,7 @@ def load_latents(ae, folder, device, autocast):
     Encoded once, into folder/latents-<fingerprint>.npy: the name identifies the autoencoder, so
     latents of another one are never read.  Raises UserError.
     """
-    images, labels = load_pictures(ae)
+    images, labels, _ = load_pictures(ae.config)
     path, side = Path(folder) / f"latents-{ae.fingerprint}.npy", ae.image_size // ae.patch
     shape = (2, len(images), ae.latent_dim, side, side)
 
@@ -508,24 +476,8 @@ def load_latents(ae, folder, device, autocast):
                 with autocast():
                     cache[mirrored, part] = ae.encode(x).cpu().numpy().astype(np.float16)
 
-    # of several runs one encodes and the others wait; rank 0 holds the lock for its whole run
-    with file_lock(path) if config.rank() == 0 else contextlib.nullcontext():
-        if config.any_rank(config.rank() == 0 and not path.is_file()):
-            for stale in path.parent.glob("latents-*.npy"):
-                stale.unlink(missing_ok=True)            # of an autoencoder that was overwritten
-            size, free = 2 * np.prod(shape, dtype=float), shutil.disk_usage(path.parent).free
-            config.wait_for_ranks()                      # nothing has been written yet
-            if size > free:
-                raise UserError(f"{path}: {size / 1e9:.0f} GB of latents, but only "
-                                f"{free / 1e9:.0f} GB free; use --no-cache, or another disk")
-            print(f"encoding {len(images):,} images into {path}, {size / 1e9:.2f} GB")
-            config.atomic_array(path, shape, np.float16, fill)
-    try:
-        latents = np.load(path, mmap_mode="r")
-        config.require(latents.shape == shape, f"{latents.shape[1]:,} images, not {shape[1]:,}")
-    except (ValueError, EOFError, IndexError) as error:
-        raise UserError(f"{path}: does not fit the data, or is corrupt ({error}); delete it, and "
-                        "the same command will recreate it") from None
+    latents = cached_array(path, shape, np.float16, fill, f"encoding {len(images):,} images",
+                           "use --no-cache, or another disk", stale="latents-*.npy")
     return latents, labels
 
 # ---------------------------------------------------------------- train
@@ -556,8 +508,7 @@ def train(c):
                 kind="ae", version=config.VERSION, config=config.plain(c), step=step,
                 vit=vars(model.dino.config), class_names=class_names, fingerprint=fingerprint,
                 **{k: part.state_dict() for k, part in parts.items()}))
-            if not fingerprint:                          # a preview
-                reconstruct(c, model, autocast, device)
+            fingerprint or reconstruct(c, model, autocast, device)           # a preview
 
     parts = dict(model=model, optimizer=optimizer, scaler=scaler, **(dict(gan=gan) if gan else {}))
     config.restore(checkpoint, parts)
@@ -579,8 +530,7 @@ def train(c):
         l1 = (y - x).abs().mean()
         # ---- EXERCISE 7: the squared error instead of l1 ----
         reconstruction = l1 + c.perceptual * perceptual
-        loss = reconstruction + c.kl * kl
-        shown = dict(l1=l1, perceptual=perceptual)
+        loss, shown = reconstruction + c.kl * kl, dict(l1=l1, perceptual=perceptual)
         if c.align:
             shown["alignment"] = alignment = alignment_loss(*aligned)
             weight = adaptive_weight(reconstruction, alignment, model.residual.head[-1].weight, 1e8,
@@ -608,15 +558,10 @@ def train(c):
 def feed(c, device):
     """-> function step -> (images (B, 3, S, S) in [-1, 1], the step's generator); all training
     images uint8; class names."""
-    def load(size):
-        images, labels, class_names = load_images(c.data, size, "train", classes=c.classes)
-        part = evenly(len(images), c.images)
-        return (images[part.numpy()] if c.images else images), labels[part], class_names
-
-    images, labels, class_names = load(c.size)
+    images, labels, class_names = load_pictures(c)
     warn_of_few(labels, class_names, c.batch)
     if c.crop == "random":                               # crops come from larger squares
-        larger, _, _ = load(c.size * 9 // 8)
+        larger, _, _ = load_pictures(c, size=c.size * 9 // 8)
 
     def batch(step):
         g = config.generator(c.seed, step)               # all randomness of this step
@@ -680,7 +625,7 @@ def measure_statistics(model, images, autocast, device, scalar=False, most=5000)
 def reconstruct(c, model, autocast, device, most=64):
     """At most so many held-out images and their reconstructions, (n, 3, S, S) each; writes 64 of
     them to reconstructions.png."""
-    held, training = load_pictures(model, "test")[0], model.training
+    held, training = load_pictures(c, "test")[0], model.training
     x = to_float(held, evenly(len(held), most), None, device)
     model.eval()
     with autocast():

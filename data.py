@@ -261,18 +261,6 @@ def evenly(count, n):
     return torch.arange(n) * count // n
 
 
-def warn_of_few(labels, names, batch):
-    """Print one line if the images are fewer than a batch, or those of a class fewer than 20."""
-    count = torch.bincount(labels, minlength=len(names)).tolist()
-    small = [f"{name} ({n})" for name, n in zip(names, count) if n < 20]
-    found = [f"{len(labels)} images are fewer than --batch {batch}"] * (len(labels) < batch)
-    if small:
-        found.append(f"{len(small)} of {len(names)} classes have fewer than 20 images: "
-                     + ", ".join(small[:5]) + (" ..." if len(small) > 5 else ""))
-    if found:
-        print(f"warning: {'; '.join(found)}; the models will memorize them")
-
-
 def to_float(images, index, flip=None, device="cpu"):
     """Rows `index` of uint8 images -> float32 in [-1, 1] (B, 3, S, S) on the device.
 

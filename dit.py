@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from ae import load_ae, load_latents, load_pictures
 from data import to_float, to_uint8
 from dino import attention
 from flow import ab2, auto_shift, draw, flow_loss, guided
 from plumbing import config, muon
-from plumbing.config import UserError, check_training, field, require
+from plumbing.align import Repa
+from plumbing.config import UserError, at_least, check_training, field, require
 from plumbing.draw import save_grid
 
 # Letters: B batch, C latent channels, h w latent grid, N = h w tokens, D width, A heads.
@@ -81,9 +81,8 @@ class Config:
         self.dim, self.depth = self.dim or dim, self.depth or depth
         self.heads = self.heads or heads
         check_training(self)
-        for name, least in dict(dim=1, depth=1, heads=1, micro_batch=0, clip=0, muon=0,
-                                repa=0, preview_every=1).items():
-            require(getattr(self, name) >= least, f"--{name} must be at least {least}")
+        at_least(self, dim=1, depth=1, heads=1, micro_batch=0, clip=0, muon=0, repa=0,
+                 preview_every=1)
         require(self.dim % self.heads == 0, f"--dim {self.dim} must be a multiple of --heads "
                 f"{self.heads}")
         require(self.dim % 4 == 0, "--dim must be a multiple of 4")
@@ -234,26 +233,6 @@ class DiT(nn.Module):
         v = self.out(modulate(self.norm(z), offset, gain)).float()             # (B, N, C)
         return v.transpose(1, 2).reshape(B, C, h, w)
 
-
-class Repa(nn.Module):
-    """REPA (arXiv 2410.06940): an MLP should find the frozen encoder's tokens of the clean image in
-    the DiT's hidden tokens of the noisy latent.  It trains with the DiT; sampling does without."""
-
-    def __init__(self, c, width):
-        """c: a Config; width: the encoder's."""
-        super().__init__()
-        self.weight, self.block = c.repa, max(1, c.depth // 3)        # paper: the 8th block of 28
-        wide = 2 * c.dim                                              # paper: 2048 at width 1152
-        self.mlp = nn.Sequential(nn.Linear(c.dim, wide), nn.SiLU(), nn.Linear(wide, wide),
-                                 nn.SiLU(), nn.Linear(wide, width))
-
-    def forward(self, hidden, h):
-        """The list from `DiT.forward` and the encoder's tokens (B, N, width) -> loss (B,)"""
-        found = self.mlp(hidden[self.block - 1]).float()
-        cosine = F.cosine_similarity(found, h, dim=-1).mean(1)
-        self.cosine = cosine.detach().mean()                          # of the last call, for show
-        return self.weight * (1 - cosine)
-
 # ---------------------------------------------------------------- load
 
 
@@ -314,7 +293,8 @@ def train(c):
     announce(c, device, model, ae, count, shift)
     config.compile_parts(model, Block, c.compile, device)
     network = config.parallel(model)
-    start, began, by_time = checkpoint["step"] if checkpoint else 0, time.time(), LossByTime(device)
+    start, began = checkpoint["step"] if checkpoint else 0, time.time()
+    by_time = config.LossByTime(device)
     loop = config.Loop("dit", c, optimizer, path, save, start, losses=path.with_suffix(".tsv"))
     following = batch(start)
     for step in loop:
@@ -355,7 +335,7 @@ def feed(c, ae, folder, device, autocast):
     if c.cache:
         latents, labels = load_latents(ae, folder, device, autocast)
     if c.repa or not c.cache:
-        images, labels = load_pictures(ae)
+        images, labels, _ = load_pictures(ae.config)
 
     def batch(step):
         g = config.generator(c.seed, step)
@@ -400,30 +380,6 @@ def gradients(model, x1, y, pair, micro_batch, autocast, scaler=config.UNSCALED,
     if repa:
         config.all_reduce_mean([p.grad for p in repa.parameters()])
     return torch.cat(losses), pair[1]
-
-
-class LossByTime:
-    """The mean loss since it was last shown, over all t and by quarter of t: the total has a high
-    floor and changes little; the quarters show more.  Only `str` waits for the device and
-    all ranks."""
-
-    def __init__(self, device):
-        self.bins, self.text = torch.zeros(2, 4, device=device), "-"          # sum and count
-
-    def add(self, losses, t):
-        """losses (B,), times t (B,)"""
-        quarter = (t * 4).long().clamp(max=3)
-        self.bins[0].index_add_(0, quarter, losses)
-        self.bins[1].index_add_(0, quarter, torch.ones_like(losses))
-
-    def __str__(self):
-        if self.bins[1].any():
-            config.all_reduce_mean([self.bins])
-            by_quarter = (self.bins[0] / self.bins[1].clamp(min=1e-6)).tolist()
-            self.text = (f"{self.bins[0].sum() / self.bins[1].sum():.4f} by quarter of t "
-                         + " ".join(f"{v:.3f}" for v in by_quarter))
-            self.bins.zero_()
-        return self.text
 
 
 def announce(c, device, model, ae, count, shift):

@@ -1,9 +1,9 @@
 """Metrics, as pure functions of tensors, and the rulers that score samples.
 
 Images against images: `psnr`, `ssim`.  Sets of features against each other: `frechet`, `kid`,
-`energy_distance`, `precision_recall`, `memorization`.  Features against labels: `knn`,
-`linear_probe`.  They use no randomness, compute in float64 even under autocast, and raise
-ValueError for wrong shapes or dtypes, NaN, or fewer rows than the formula needs.
+`energy_distance`, `precision_recall`.  Features against labels: `knn`, `linear_probe`.  They use no
+randomness, compute in float64 even under autocast, and raise ValueError for wrong shapes or dtypes,
+NaN, or fewer rows than the formula needs.
 
 `Rulers` scores generated images by features that share nothing with the encoder, so the model
 under test cannot influence its own score.  The paper's FID and rFID (Tables 1 and 3) are `frechet`
@@ -175,22 +175,6 @@ def precision_recall(real, fake, k=3):
     require(k >= 1, f"k must be at least 1, not {k}")
     real, fake = _features(real, fake, least=(k + 1, k + 1))
     return covered(fake, real), covered(real, fake)
-
-
-def memorization(train, held, fake):
-    """Are samples copies?  Features of training images (n, d), of held-out ones (m, d) and of
-    samples (k, d) -> two fractions of the samples: those nearer to their nearest training row than
-    half of the held-out rows are to theirs, and those nearer than all but 5 % of them.
-
-    About .5 and .05 for new images of the same distribution, 1 and 1 for copies.  Samples that are
-    smoother or more typical than images raise both without a copy.
-    """
-    def nearest(x):
-        x, y = _features(x, train, least=(1, 1))
-        return torch.cat([torch.cdist(rows, y).amin(1) for rows in x.split(1000)])
-
-    usual, found = nearest(held), nearest(fake)
-    return tuple((found < usual.quantile(q)).double().mean().item() for q in (0.5, 0.05))
 
 
 # ---- EXERCISE 6: coverage(real, fake, k), and a line for it in `Rulers` ----

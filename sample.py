@@ -26,10 +26,10 @@ import torch
 from ae import load_ae
 from data import DRAWN, evenly, load_images, to_float, to_uint8
 from dit import check_pair, check_shift, load_dit, resolve_shift
-from flow import ab2, euler, guided, heun
+from flow import ab2, euler, guided, heun, times
 from metrics import JUDGE, PREDICTOR, Rulers, find_judge
 from plumbing import config
-from plumbing.config import UserError, field, require
+from plumbing.config import UserError, at_least, field, require
 from plumbing.draw import grid_image, save_gif, save_grid
 
 # Letters: B batch, C latent channels, h w latent grid, S image side.
@@ -65,10 +65,7 @@ class Config:
 
     def check(self):
         """ValueError for impossible values."""
-        for name in ("steps", "columns", "batch"):
-            require(getattr(self, name) >= 1, f"--{name} must be at least 1")
-        for name in ("n", "npz", "seed"):
-            require(getattr(self, name) >= 0, f"--{name} must not be negative")
+        at_least(self, steps=1, columns=1, batch=1, n=0, npz=0, seed=0)
         require(0 <= self.t_lo <= self.t_hi <= 1, "0 <= --t_lo <= --t_hi <= 1 must hold")
         require(all(self.sweep), "--sweep: every number of steps must be at least 1")
         if self.shift:
@@ -191,17 +188,10 @@ def grid_name(c):
 
 def warn_if_unguided(c, shift):
     """Print a warning if the sampler evaluates no time from --t_lo to --t_hi."""
-    if c.scale == 1 or c.t_lo == 0 and c.t_hi == 1:
-        return
-    times = []                                          # in float32, as `guided` compares them
-
-    def still(x, t):
-        times.append(torch.as_tensor(t, dtype=torch.float32).flatten()[0].item())
-        return x * 0
-    SAMPLERS[c.sampler](still, torch.zeros(1), c.steps, shift)
+    at = torch.tensor(times(c.steps, shift)).tolist()   # in float32, as `guided` compares them
     outside = lambda t: max(c.t_lo - t, t - c.t_hi)
-    nearest = min(times, key=outside)
-    if outside(nearest) > 0:
+    nearest = min(at if c.sampler == "heun" else at[:-1], key=outside)
+    if c.scale != 1 and outside(nearest) > 0:
         print(f"warning: nothing is guided: no step is at a time from --t_lo {c.t_lo:g} to --t_hi "
               f"{c.t_hi:g}; the nearest is at {nearest:.3f}")
 

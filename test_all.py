@@ -804,7 +804,7 @@ def test_the_debug_chain_writes_what_it_promises(work):
                  "preview.png", "samples.png"):
         assert (out / name).stat().st_size > 0, name
     with contextlib.chdir(work):
-        images, _ = ae.load_pictures(encoder)
+        images, _, _ = ae.load_pictures(encoder.config)
         latents, labels = ae.load_latents(encoder, out, "cpu", contextlib.nullcontext)
     assert latents.shape == (2, 1000, encoder.latent_dim, 4, 4) and latents.dtype == np.float16
     assert isinstance(latents, np.memmap) and len(labels) == 1000

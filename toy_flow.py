@@ -40,7 +40,8 @@ from torch import nn
 
 from flow import euler, flow_loss, guided
 from metrics import energy_distance
-from plumbing.config import atomic, field, generator, one_line_errors, parse, require, setup
+from plumbing.config import (at_least, atomic, field, generator, one_line_errors, parse, require,
+                             setup)
 from plumbing.draw import GRAY, INK, Canvas, Plane, chart, save_gif
 
 
@@ -58,8 +59,7 @@ class Config:
 
     def check(self):
         """ValueError for impossible values."""
-        for name, least in dict(steps=1, batch=1, samples=40, seeds=1, seed=0).items():
-            require(getattr(self, name) >= least, f"--{name} must be at least {least}")
+        at_least(self, steps=1, batch=1, samples=40, seeds=1, seed=0)
         require(0 <= self.scale <= 10, "--scale must lie between 0 and 10")
 
 

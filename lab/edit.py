@@ -71,10 +71,7 @@ class Config:
         else:
             require(not (self.mask or self.source), "--mask and --source need --edit IMAGE")
         require(self.edit or not self.to, "--to needs --edit")
-        for name in ("steps", "batch"):
-            require(getattr(self, name) >= 1, f"--{name} must be at least 1")
-        for name in ("n", "seed", "scale", "blur", "fade"):
-            require(getattr(self, name) >= 0, f"--{name} must not be negative")
+        config.at_least(self, steps=1, batch=1, n=0, seed=0, scale=0, blur=0, fade=0)
         require(0 <= self.t_edit < 1, "--t_edit must be in [0, 1); 0 is noise")
 
 

@@ -29,7 +29,7 @@ from dino import load_dino
 from dit import DiT, load_dit, resolve_shift
 from flow import ab2, euler, flow_loss, guided, times
 from lab import edit, judge, pretrain, spectrum
-from metrics import extract, knn, linear_classes, linear_probe, memorization, psnr, ssim
+from metrics import extract, knn, linear_classes, linear_probe, psnr, ssim
 from plumbing import config
 from plumbing.config import UserError, field, require
 from plumbing.fetch import file_lock
@@ -445,7 +445,7 @@ def derive(source, target, suffix):
         checkpoint["class_names"] = list(load_images("shapes-color", 32)[2])
     else:
         device, autocast = config.setup("cpu")
-        measure_statistics(model, load_pictures(model)[0], autocast, device, scalar=True)
+        measure_statistics(model, load_pictures(model.config)[0], autocast, device, scalar=True)
         if suffix != "scalar":
             model.std[-checkpoint["config"]["residual_dim"]:] /= float(suffix.removeprefix("x"))
         checkpoint["config"]["normalize"] = "scalar"
@@ -680,8 +680,23 @@ def measure_judges(c, latent, dit, seed):
     return {name: found[name] for name in ("n", "accuracy", "frechet")}
 
 
+def memorization(train, held, fake):
+    """Are samples copies?  Features of training images (n, d), of held-out ones (m, d) and of
+    samples (k, d) -> two fractions of the samples: those nearer to their nearest training row than
+    half of the held-out rows are to theirs, and those nearer than all but 5 % of them.
+
+    About .5 and .05 for new images of the same distribution, 1 and 1 for copies.  Samples that are
+    smoother or more typical than images raise both without a copy.
+    """
+    def nearest(x, train=train.double()):
+        return torch.cat([torch.cdist(rows, train).amin(1) for rows in x.double().split(1000)])
+
+    usual, found = nearest(held), nearest(fake)
+    return tuple((found < usual.quantile(q)).double().mean().item() for q in (0.5, 0.05))
+
+
 def measure_memorization(c, latent, dit, seed):
-    """metrics.memorization of samples of ten steps without guidance, which may copy an image or its
+    """`memorization` of samples of ten steps without guidance, which may copy an image or its
     mirror image: in random convolutions, in the judge's features, in pixels.  The held-out images
     pass through the autoencoder too, because what it decodes is smoother and so nearer to all."""
     fake, _, decoder = samples(c, latent, dit, seed)
@@ -710,8 +725,7 @@ def measure_paths(c, latent, dit, seed, fine=50):
     model, decoder = sample.load(stage2(c, latent, dit, seed), "cpu")
     each = max(2, c.n // 20)
     y = torch.arange(model.classes).repeat_interleave(each)
-    side = decoder.image_size // decoder.patch
-    x0 = torch.randn(len(y), model.channels, side, side, generator=config.generator(seed))
+    x0 = sample.draw_noise(model, decoder, len(y), seed)
     velocity = guided(model, y, model.classes, 1)
     _, autocast = config.setup("cpu")
     length, before = torch.zeros(len(y)), [x0]

@@ -51,8 +51,7 @@ class Config:
     def check(self):
         """ValueError for impossible values."""
         config.check_training(self)
-        for name, least in dict(size=8, count=10, width=1).items():
-            require(getattr(self, name) >= least, f"--{name} must be at least {least}")
+        config.at_least(self, size=8, count=10, width=1)
         require(self.data == "shapes" or not self.factors, "--factors needs --data shapes")
         require(self.data == "shapes" or self.preset == "photos" or Path(self.out) != JUDGE.parent,
                 f"--data needs --out; {JUDGE.parent} has the judges of the presets")

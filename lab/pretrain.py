@@ -111,9 +111,8 @@ class Config:
     def check(self):
         """ValueError for impossible values."""
         config.check_training(self)
-        for name, least in dict(batch=2, dim=32, depth=1, images=2, stem=0, crop=0, muon=0,
-                                weight_decay=0).items():
-            require(getattr(self, name) >= least, f"--{name} must be at least {least}")
+        config.at_least(self, batch=2, dim=32, depth=1, images=2, stem=0, crop=0, muon=0,
+                        weight_decay=0)
         require(self.dim % 32 == 0, "--dim must be a multiple of 32")
         require(self.patch in (4, 8, 16), "--patch must be 4, 8 or 16")
         require(self.size > 0 and self.size % self.patch == self.crop % self.patch == 0,

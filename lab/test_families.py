@@ -67,7 +67,7 @@ def test_the_accuracy_of_shapes_color_asks_for_the_hue(few):
 
 def test_an_autoencoder_of_shapes_color_hands_over_the_hues(few):
     c = SimpleNamespace(data="shapes-color", size=16, classes="", images=0)
-    images, labels = ae.load_pictures(SimpleNamespace(config=c))
+    images, labels, _ = ae.load_pictures(c)
     same, hues, _ = load_images("shapes-color", 16)
     assert np.array_equal(images, same) and torch.equal(labels, hues)
 

@@ -218,7 +218,7 @@ def test_photographs_get_the_encoder_of_photographs(embedded, photos, tmp_path, 
 
     result = run("--steps", 1)
     assert "--encoder photos, because" in result.stdout and "shapes" not in result.stdout
-    assert "without --gan, " in result.stdout
+    assert "without a GAN, " in result.stdout
     assert config.load(tmp_path / "made/ae.pt")["config"]["encoder"] == "photos"
     assert "finished at step 1" in run("--steps", 1, "--encoder", "photos").stdout
     assert "resuming from step 1" in run("--steps", 2, "--warmup", 1).stdout     # the same command
@@ -378,21 +378,22 @@ def test_the_controls_share_all_but_the_encoder(tested, photos, monkeypatch):
     (_, svg, *_), (module, made, *_), (_, random, *_), (_, tiny, *_) = ran
     same = f"--preset photos --data {photos} "
     assert svg == same and tiny == same + "--encoder tiny --perceptual_net photos"
-    assert random == same + "--encoder out/evidence/photos/encoder/dino_photos_0.pt " + (
+    assert random == same + "--encoder out/evidence/photos/encoder0/dino_photos_0.pt " + (
         "--perceptual_net photos")
-    assert "lab.pretrain" in module and made.endswith(f"--keep 0,400,1200 --data {photos}")
+    assert "lab.pretrain" in module
+    assert made.endswith(f"--keep 0,400,1200 --data {photos} --steps 1 --keep 0")
     assert {c.preset for c in map(evidence.settings, (c,))} == {"photos"}
 
 
 def test_memorization_tells_copies_from_new_images():
     g = config.generator(0)
     train, held, new = (torch.randn(n, 8, generator=g) for n in (500, 400, 400))
-    assert metrics.memorization(train, held, held) == (0.5, 0.05)
-    assert metrics.memorization(train, held, train[:100]) == (1, 1)
+    assert evidence.memorization(train, held, held) == (0.5, 0.05)
+    assert evidence.memorization(train, held, train[:100]) == (1, 1)
     half = torch.cat([new[:100], train[:100] + 1e-3])
-    median, near = metrics.memorization(train, held, half)
+    median, near = evidence.memorization(train, held, half)
     assert abs(median - 0.75) < 0.05 and abs(near - 0.525) < 0.03
-    assert metrics.memorization(train, held, 10 + new) == (0, 0)
+    assert evidence.memorization(train, held, 10 + new) == (0, 0)
 
 
 # ---------------------------------------------------------------- scores

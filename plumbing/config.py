@@ -115,12 +115,16 @@ def require(condition, message):
         raise ValueError(message)
 
 
+def at_least(config, **least):
+    """ValueError unless each of these flags has at least this value."""
+    for name, value in least.items():
+        require(getattr(config, name) >= value, f"--{name} must be at least {value}")
+
+
 def check_training(config):
     """The checks on the flags that every training stage shares."""
-    for name in ("steps", "batch", "save_every"):
-        require(getattr(config, name) >= 1, f"--{name} must be at least 1")
+    at_least(config, steps=1, batch=1, save_every=1, seed=0)
     require(config.lr > 0, "--lr must be positive")
-    require(config.seed >= 0, "--seed must not be negative")
     ranks = int(os.environ.get("WORLD_SIZE", 1))               # torchrun's
     require(config.batch % ranks == 0, f"--batch {config.batch} must be a multiple of the number "
             f"of processes, {ranks}")
@@ -525,6 +529,30 @@ class Loop:
             tqdm.write(f"{self.name}: about {seconds * steps / 60:.0f} min for {steps} more steps, "
                        f"{seconds:.3g} s each"
                        + f"; then {self.c.steps - self.slower} that take longer" * changes)
+
+
+class LossByTime:
+    """The mean loss since it was last shown, over all t and by quarter of t: the total has a high
+    floor and changes little; the quarters show more.  Only `str` waits for the device and
+    all ranks."""
+
+    def __init__(self, device):
+        self.bins, self.text = torch.zeros(2, 4, device=device), "-"          # sum and count
+
+    def add(self, losses, t):
+        """losses (B,), times t (B,)"""
+        quarter = (t * 4).long().clamp(max=3)
+        self.bins[0].index_add_(0, quarter, losses)
+        self.bins[1].index_add_(0, quarter, torch.ones_like(losses))
+
+    def __str__(self):
+        if self.bins[1].any():
+            all_reduce_mean([self.bins])
+            by_quarter = (self.bins[0] / self.bins[1].clamp(min=1e-6)).tolist()
+            self.text = (f"{self.bins[0].sum() / self.bins[1].sum():.4f} by quarter of t "
+                         + " ".join(f"{v:.3f}" for v in by_quarter))
+            self.bins.zero_()
+        return self.text
 
 
 def learning_rate(config, step):

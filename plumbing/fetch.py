@@ -7,10 +7,11 @@ the next run.
 Environment: NOVAE_CACHE, a folder instead of ~/.cache/novae; HF_ENDPOINT, a mirror of
 https://huggingface.co; HF_TOKEN, for gated repositories there; HTTPS_PROXY and the like.
 """
-import contextlib, errno, hashlib, os, re, shutil, stat, tarfile, time, zipfile
+import contextlib, errno, hashlib, math, os, re, shutil, stat, tarfile, time, zipfile
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import requests
 from tqdm import tqdm
 
@@ -60,6 +61,34 @@ def file_lock(path, wait=True):
         except OSError:                      # some network drives have no locks
             pass
         yield held
+
+
+def cached_array(path, shape, dtype, fill, doing, advice, stale):
+    """The .npy file at `path`, memory-mapped; made the first time, by fill(array), on all ranks.
+
+    Of several runs one makes it and the others wait; rank 0 holds the lock for its whole run.
+    doing: is printed; advice: what to do if the disk is too small; stale: a pattern of the names of
+    earlier files, which are removed.  UserError: a small disk, or a file that does not fit.
+    """
+    with file_lock(path) if config.rank() == 0 else contextlib.nullcontext():
+        if config.any_rank(config.rank() == 0 and not path.is_file()):
+            for old in path.parent.glob(stale):
+                old.unlink(missing_ok=True)
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            free = shutil.disk_usage(path.parent).free
+            config.wait_for_ranks()                        # nothing has been written yet
+            if size > free:
+                raise UserError(f"{path}: needs {size / 1e9:.0f} GB, but only {free / 1e9:.0f} GB "
+                                f"are free; {advice}")
+            print(f"{doing} into {path}, {size / 1e9:.2f} GB")
+            config.atomic_array(path, shape, dtype, fill)
+    try:
+        array = np.load(path, mmap_mode="r")
+        config.require(array.shape == shape, f"{array.shape}, not {shape}")
+    except (ValueError, EOFError, IndexError) as error:
+        raise UserError(f"{path}: does not fit the data, or is corrupt ({error}); delete it, and "
+                        "the same command will recreate it") from None
+    return array
 
 
 # ---------------------------------------------------------------- one file

@@ -170,6 +170,18 @@ def printable(name):
     return str(name).encode("utf-8", "backslashreplace").decode()
 
 
+def warn_of_few(labels, names, batch):
+    """Print one line if the images are fewer than a batch, or those of a class fewer than 20."""
+    count = np.bincount(labels, minlength=len(names)).tolist()
+    small = [f"{name} ({n})" for name, n in zip(names, count) if n < 20]
+    found = [f"{len(labels)} images are fewer than --batch {batch}"] * (len(labels) < batch)
+    if small:
+        found.append(f"{len(small)} of {len(names)} classes have fewer than 20 images: "
+                     + ", ".join(small[:5]) + (" ..." if len(small) > 5 else ""))
+    if found:
+        print(f"warning: {'; '.join(found)}; the models will memorize them")
+
+
 # ---------------------------------------------------------------- decoding
 
 # what the bytes may be, whatever the suffix says; not EPS, which would be run as a program

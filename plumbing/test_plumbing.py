@@ -517,7 +517,7 @@ def test_every_part_of_a_sorted_folder_has_every_class(tmp_path, monkeypatch, ca
     assert np.bincount(images[:, 0, 0, 0])[[0, 128, 255]].tolist() == [10] * 3 and len(names) == 3
     model, c = Gray(), ae.Config(out=str(tmp_path))
     model.config.images = 31
-    assert ae.load_pictures(model)[1].bincount().tolist() == [11, 10, 10]
+    assert ae.load_pictures(model.config)[1].bincount().tolist() == [11, 10, 10]
     options = dict(autocast=lambda: torch.autocast("cpu", enabled=False), device="cpu")
     ae.measure_statistics(model, sorted_images()[0], **options, most=300)
     assert abs(model.mean.item() - 1 / 765) < 1e-5 and abs(model.std.item() - (2 / 3) ** 0.5) < 1e-3
@@ -536,7 +536,7 @@ def test_a_sweep_without_scores_says_so(tmp_path, capsys):
 
 
 def test_small_data_sets_are_warned_of_in_one_line(capsys):
-    warned = lambda *a: data.warn_of_few(*a) or capsys.readouterr().out
+    warned = lambda *a: photos.warn_of_few(*a) or capsys.readouterr().out
     labels = torch.tensor([0] * 19 + [1] * 20)
     assert warned(labels, ["cats", "dogs"], 39) == (
         "warning: 1 of 2 classes have fewer than 20 images: cats (19); the models will memorize "
