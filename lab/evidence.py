@@ -252,8 +252,10 @@ EXPERIMENTS = {
         dict(latents=(name := ("encoder*", "svg")), generation=name),
         (("euler", 3, 1.0), ("euler", 25, 1.0), *BOTH)),
     "photos_long": Experiment(
-        "a longer stage 1, with --preset photos-long", dict(generation=DUO, latents=DUO),
-        (*itertools.product(("euler",), (3, 5, 25), (1.0,)), *BOTH, ("ab2", 3, 2.0))),
+        "a longer stage 1, with --preset photos-long",
+        dict(generation=DUO, latents=DUO, judges=DUO, shrunk=DUO),
+        (*itertools.product(("euler",), (2, 3, 5, 10, 25), (1.0,)),
+         *itertools.product(("ab2",), (3, 10), (1.0, 2.0)))),
     "photos_times": Experiment(
         "logit-normal times in training, with --preset photos-plain",
         dict(generation=("svg:logit",)), (("euler", 3, 1.0), ("euler", 25, 1.0), *BOTH)),
