@@ -126,9 +126,9 @@ def draw_residual(models, path, n=16):
 
 def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR):
     """A row for each number of steps from the same noise: SVG on the left, the VAE on the right; of
-    the first seed that the VAE was trained with."""
+    the VAE's first seed."""
     halves = []
-    seed = min(int(p.parent.name.rpartition("-")[2]) for p in models.glob(f"{latents[1]}-*/dit.pt"))
+    seed = min(int(p.parent.name.rpartition("-")[2]) for p in models.glob(f"{latents[-1]}-*/dit.pt"))
     for latent in latents:
         model, decoder = sample.load(models / f"{latent}-{seed}", "cpu")
         y = torch.arange(10)
