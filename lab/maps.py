@@ -82,7 +82,7 @@ def token_colors(z, patch):
 def draw(models, assets):
     """All figures whose models are there: lab.evidence's in the folder `models`, and those of
     `--preset photos` in out/photos; assets: output folder."""
-    full, photos = (models.parent / preset for preset in ("full", "photos"))
+    full, photos = (models.parent / preset for preset in ("full", "photos-long"))
     for name, folder, figure in (
             ("maps", models, draw_maps), ("residual", models, draw_residual),
             ("steps", full, partial(draw_strip, latents=DEFAULT)),
@@ -128,7 +128,8 @@ def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR)
     """A row for each number of steps from the same noise: SVG on the left, the VAE on the right; of
     the VAE's first seed."""
     halves = []
-    seed = min(int(p.parent.name.rpartition("-")[2]) for p in models.glob(f"{latents[-1]}-*/dit.pt"))
+    trained = [p.parent.name for p in models.glob(f"{latents[-1]}-*/dit.pt")]
+    seed = min(int(name.rpartition("-")[2]) for name in trained)
     for latent in latents:
         model, decoder = sample.load(models / f"{latent}-{seed}", "cpu")
         y = torch.arange(10)

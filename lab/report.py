@@ -847,8 +847,9 @@ SECTIONS = [
         "Photographs: the paper's sizes, on a stand-in",
         """`--preset imagenette` takes its first steps on photographs: ten classes of Tiny ImageNet,
         20 images each, enlarged to 256 px. ViT-S/16+ and LPIPS have random weights in their
-        published layouts, because the published ones cannot be fetched here; the GAN joins halfway.
-        So this shows that both stages run and that their losses fall, and nothing about quality.""",
+        published layouts, because the published ones cannot be fetched here; the GAN joins
+        halfway. This shows that both stages run and that their losses fall, nothing about
+        quality.""",
         "stage", [("1: a decoder of 43 M, LPIPS, GAN; L1", dict(stage="ae")),
                   ("2: DiT-B, without a cache; flow matching", dict(stage="dit"))],
         tuple((head, "standin", column, digits, {}) for head, column, digits in (
@@ -944,14 +945,12 @@ def curves(N, folder):
             both("random conv", "conv", xs, axis, xlabel, keys),
             both("accuracy", "accuracy", xs, axis, xlabel, keys, logy=False)])
 
-    photos, two = dict(preset="photos"), (("svg", BLUE), ("vae", RED))
-    three = *two, ("encoder0", GRAY)
-    few = "steps", "Euler steps", [photos | dict(sampler="euler")]
+    two, photos = (("svg", BLUE), ("vae", RED)), dict(preset="photos", sampler="euler")
+    few = FEW_PHOTOS[1:], "steps", "Euler steps", [photos | dict(preset="photos-long"), photos], two
     write(Path(folder) / "photos-curves.png", [
-        both("random conv", "conv", FEW_PHOTOS, *few, three),
-        both("Frechet", "frechet", FEW_PHOTOS, *few, three),
+        both("random conv", "conv", *few), both("Frechet", "frechet", *few),
         both("Frechet", "frechet", evidence.PRESETS["photos"]["kept"], "trained", "training steps",
-             [photos, photos | dict(scale=2.0)], two)])
+             [dict(preset="photos"), dict(preset="photos", scale=2.0)], two)])
 
     rows = next(s for s in SECTIONS if s.command == "encoder").rows[:len(ENCODERS) + 1]
     keys = [key for _, key in rows if N.rows("encoders", **key)]
