@@ -971,6 +971,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(work, tmp_path):
     assert "Traceback" not in err
     step = config.load(tmp_path / "ae.pt")["step"]
     assert f"stopped at step {step}" in out
+    assert (tmp_path / "reconstructions.png").is_file()                   # a preview
     one_line(call(dit, "--out", tmp_path, cwd=work), "unfinished")
 
 
