@@ -232,6 +232,7 @@ HEADLINE = [("SVG", dict(latent="svg")), ("VAE, 16 channels", dict(latent="vae")
 # the latents of photographs
 PHOTOS = [row for row in HEADLINE if row[1].get("dit") != "longer"] + named("dino", "unaligned")
 DUO = [PHOTOS[0], PHOTOS[1]]                                     # and the two that matter most
+LONG = [(f"{name}, longer stage 1", dict(key, preset="photos-long")) for name, key in DUO]
 FEW_PHOTOS = (1, 2, 3, 5, 10, 25)
 GUIDED = [(f"{w:g}", dict(scale=w)) for w in (1.0, 2.0)]
 PSNR, SSIM = ("PSNR, dB", "latents", "psnr", 2, {}), ("SSIM", "latents", "ssim", 3, {})
@@ -771,8 +772,7 @@ SECTIONS = [
         and scored. Three
         Euler steps cost SVG 27 % over 25 in Frechet, the VAE 49 %; in random conv both lose alike.
         So SVG's decoder bears the lost variance better, but the samples of the DiTs above, which
-        make errors of other kinds too, do not show it.""", "latent",
-        [(name, dict(key)) for name, key in DUO],
+        make errors of other kinds too, do not show it.""", "latent", DUO + LONG,
         [(f"{head}, {steps} {name} steps", "shrunk", column, digits,
           dict(sampler=name, steps=steps))
          for head, column, digits in (("Frechet", "frechet", 2), ("random conv", "conv", 1))
@@ -793,9 +793,12 @@ SECTIONS = [
         "a longer stage 1", "", "latent", DUO,
         (PSNR, SSIM, *((f"decoded {head}", *column)
                        for head, *column in rulers(steps="decoded")[:5]),
-         *((f"Frechet, {steps} Euler steps", "generation", "frechet", 2,
-            dict(sampler="euler", steps=steps)) for steps in (3, 5, 25)),
-         *scores(), *scores(", w = 2", scale=2.0)), "photos_long", "svg", preset="photos-long"),
+         *((f"{head}, {steps} Euler steps", "generation", column, digits,
+            dict(sampler="euler", steps=steps))
+           for head, column, digits in (("Frechet", "frechet", 2), ("random conv", "conv", 1))
+           for steps in FEW_PHOTOS[1:]),
+         *scores(", 3 steps of ab2, w = 2", steps=3, scale=2.0), *scores(),
+         *scores(", w = 2", scale=2.0)), "photos_long", "svg", preset="photos-long"),
     photographs(
         "without the GAN, and with an amplified residual",
         """Without the GAN, one seed: the VAE with 16 channels reconstructs better than SVG, 20.27
@@ -826,7 +829,7 @@ SECTIONS = [
                 cross([(f"{k:,}", dict(trained=k)) for k in KEPT], DUO, GUIDED),
                 scores(), "photos_training", "vae", trained=300),
     photographs(
-        "a second judge", "", "latent", DUO + named(*evidence.CONTROLS),
+        "a second judge", "", "latent", DUO + LONG + named(*evidence.CONTROLS),
         [(f"{head}, {which} judge", table, column, digits, key)
          for which, table, key in (("first", "generation", dict(sampler="ab2", scale=2.0)),
                                    ("second", "judges", {}))
