@@ -451,7 +451,7 @@ def test_report_numbers(tmp_path):
         "| VAE, 16 channels | ab2 | 3 | 2 | 0.2 | .250 | 0.25 | .250 |",
         "| held-out images | | | | 0.5 | .500 | 0.50 | .500 |"]
     later = ("**Not measured yet**: reconstruction and ten steps; few steps; few steps without a "
-             "DiT; controls; ")
+             "DiT; other latents (")
     assert later in " ".join(text.split())
     table.add(preset="photos", latent="vae", dit="base", seed=0, trained=20,
               sampler="euler", steps=3, scale=1.0, shift="-", n=50,
