@@ -48,7 +48,7 @@ class Numbers:
         self.preset = preset
         speedrun = evidence.Table(folder, "speedrun", "stage change steps batch", "cpu_seconds "
                                   "psnr accuracy frechet conv")
-        standin = evidence.Table(folder, "standin", "stage", "steps batch before after seconds "
+        standin = evidence.Table(folder, "standin", "stage", "taken batch before after seconds "
                                  "gigabytes")
         self.files = evidence.tables(folder) | dict(speedrun=speedrun, standin=standin)
         self.tables = {name: t.rows() for name, t in self.files.items()}
@@ -891,7 +891,7 @@ SECTIONS = [
         "stage", [("1: a decoder of 43 M, LPIPS, GAN; L1", dict(stage="ae")),
                   ("2: DiT-B, without a cache; flow matching", dict(stage="dit"))],
         tuple((head, "standin", column, digits, {}) for head, column, digits in (
-            ("steps", "steps", 0), ("batch", "batch", 0), ("loss of the first step", "before", 3),
+            ("steps", "taken", 0), ("batch", "batch", 0), ("loss of the first step", "before", 3),
             ("of the last", "after", 3), ("seconds per step", "seconds", 1),
             ("memory, GB", "gigabytes", 1))),
         "", ("standin", {}),
