@@ -129,6 +129,8 @@ SHRUNK = tuple(itertools.product(("euler", "ab2"), (3, 5, 25)))
 PHOTOS = (*itertools.product(("euler",), (1, 2, 3, 5, 10, 25), (1.0,)),
           *itertools.product(("ab2",), (2, 3, 5, 10, 25), (1.0,)),
           *itertools.product(("ab2",), (3, 10, 25), (2.0,)))
+LONGER = (*itertools.product(("euler",), (1, 2, 3, 5, 10, 25), (1.0,)),
+          *itertools.product(("ab2",), (3, 10), (1.0, 2.0)))
 HEADLINE = tuple((sampler, steps, scale) for sampler in ("ab2", "euler")
                  for steps, scale in ((3, 1.0), (3, 2.0), (5, 3.0), (10, 1.0), (10, 3.0)))
 
@@ -239,23 +241,22 @@ EXPERIMENTS = {
         dict(generation=DUO, latents=DUO + ("pixels",), spectra=DUO, memorization=DUO,
              judges=DUO, shrunk=DUO), PHOTOS),
     "photos_controls": Experiment(
-        "SVG on random weights and on the encoder of shapes, the same perceptual network",
-        dict(generation=CONTROLS, latents=CONTROLS, spectra=CONTROLS, judges=CONTROLS), PHOTOS),
+        "random weights and the encoder of shapes in SVG, with --preset photos-long",
+        dict(generation=CONTROLS, latents=CONTROLS, spectra=CONTROLS, judges=CONTROLS,
+             shrunk=CONTROLS), LONGER),
     "photos_baselines": Experiment(
-        "the other latents of photographs", dict(generation=REST + ("vae:repa",), latents=REST,
-                                                 spectra=REST), PHOTOS),
+        "the other latents of photographs, with --preset photos-long",
+        dict(generation=REST + ("vae:repa",), latents=REST, spectra=REST, judges=REST), LONGER),
     "photos_gain": Experiment(
         "a residual that is louder for the decoder than in the latent",
         dict(latents=(name := ("svg", "gain16")), generation=name), PHOTOS),
     "photos_dose": Experiment(
-        "how semantic must the encoder be? checkpoints of its pretraining",
+        "how semantic must the encoder be? its pretraining, with --preset photos-long",
         dict(latents=(name := ("encoder*", "svg")), generation=name),
         (("euler", 3, 1.0), ("euler", 25, 1.0), *BOTH)),
     "photos_long": Experiment(
         "a longer stage 1, with --preset photos-long",
-        dict(generation=DUO, latents=DUO, judges=DUO, shrunk=DUO),
-        (*itertools.product(("euler",), (2, 3, 5, 10, 25), (1.0,)),
-         *itertools.product(("ab2",), (3, 10), (1.0, 2.0)))),
+        dict(generation=DUO, latents=DUO, spectra=DUO, judges=DUO, shrunk=DUO), LONGER),
     "photos_times": Experiment(
         "logit-normal times in training, with --preset photos-plain",
         dict(generation=("svg:logit",)), (("euler", 3, 1.0), ("euler", 25, 1.0), *BOTH)),
