@@ -124,7 +124,7 @@ CHANGES = ("untouched", "permuted", "recolored", "ten", "three", "blurred")
 UNGUIDED = (("ab2", 10, 1.0),)
 BOTH = (("ab2", 10, 1.0), ("ab2", 10, 2.0))
 DUO, REST = ("svg", "vae"), ("dino", "unaligned", TUNED, "vavae")     # these on photographs
-CONTROLS = ("encoder0", "encodertiny")
+CONTROLS = ("encoder0", "encodertiny", "vae112-1e-5")
 SHRUNK = tuple(itertools.product(("euler", "ab2"), (3, 5, 25)))
 PHOTOS = (*itertools.product(("euler",), (1, 2, 3, 5, 10, 25), (1.0,)),
           *itertools.product(("ab2",), (2, 3, 5, 10, 25), (1.0,)),
@@ -241,12 +241,13 @@ EXPERIMENTS = {
         dict(generation=DUO, latents=DUO + ("pixels",), spectra=DUO, memorization=DUO,
              judges=DUO, shrunk=DUO), PHOTOS),
     "photos_controls": Experiment(
-        "random weights and the encoder of shapes in SVG, with --preset photos-long",
+        "SVG on random weights, on the encoder of shapes; a wide VAE; --preset photos-long",
         dict(generation=CONTROLS, latents=CONTROLS, spectra=CONTROLS, judges=CONTROLS,
-             shrunk=CONTROLS), LONGER),
+             shrunk=CONTROLS, detail=CONTROLS), LONGER),
     "photos_baselines": Experiment(
         "the other latents of photographs, with --preset photos-long",
-        dict(generation=REST + ("vae:repa",), latents=REST, spectra=REST, judges=REST), LONGER),
+        dict(generation=REST + ("vae:repa",), latents=REST, spectra=REST, judges=REST, detail=REST),
+        LONGER),
     "photos_gain": Experiment(
         "a residual that is louder for the decoder than in the latent",
         dict(latents=(name := ("svg", "gain16")), generation=name), PHOTOS),
@@ -256,7 +257,8 @@ EXPERIMENTS = {
         (("euler", 3, 1.0), ("euler", 25, 1.0), *BOTH)),
     "photos_long": Experiment(
         "a longer stage 1, with --preset photos-long",
-        dict(generation=DUO, latents=DUO, spectra=DUO, judges=DUO, shrunk=DUO), LONGER),
+        dict(generation=DUO, latents=DUO, spectra=DUO, judges=DUO, shrunk=DUO,
+             detail=DUO + ("pixels",)), LONGER),
     "photos_times": Experiment(
         "logit-normal times in training, with --preset photos-plain",
         dict(generation=("svg:logit",)), (("euler", 3, 1.0), ("euler", 25, 1.0), *BOTH)),
@@ -338,6 +340,7 @@ def tables(folder):
         memorization=("preset latent dit seed", "n conv_median conv_near judge_median judge_near "
                       "pixels_median pixels_near"),
         judges=("preset latent dit seed", "n accuracy frechet"),
+        detail=("preset latent dit seed sampler steps", "n contrast detail"),
         cost=("preset stage latent dit seed", "seconds"))
     return {name: Table(folder, name, *columns) for name, columns in layout.items()}
 
@@ -348,6 +351,8 @@ def axes(c, e, table, kinds):
         return [dict(width=width) for width in WIDTHS]
     if table == "shrunk":
         return [dict(sampler=sampler, steps=steps) for sampler, steps in SHRUNK]
+    if table == "detail":
+        return [dict(dit="base", sampler="euler", steps=steps) for steps in (2, 3, 5, 25)]
     if table == "guided":
         return [dict(zip(("exercise", "away_from", "scale", "steps", "sampler"), row))
                 for row in AWAYS]
@@ -717,6 +722,24 @@ def measure_memorization(c, latent, dit, seed):
     return row
 
 
+def contrast_and_detail(images):
+    """uint8 (n, 3, S, S) -> two means over the images.  contrast: the standard deviation of the
+    luminance, black 0 and white 1; detail: the mean absolute difference between neighboring pixels
+    over it.  Blur lowers detail; colors that are paler by one factor lower contrast alone."""
+    gray = torch.tensor([0.299, 0.587, 0.114], dtype=torch.double)              # of Rec. 601
+    y = torch.einsum("nchw,c->nhw", torch.as_tensor(images).double() / 255, gray)
+    contrast = y.flatten(1).std(1)
+    step = (y.diff(dim=1).abs().mean((1, 2)) + y.diff(dim=2).abs().mean((1, 2))) / 2
+    return contrast.mean().item(), (step / contrast.clamp(min=0.01)).mean().item()
+
+
+def measure_detail(c, latent, dit, seed, sampler, steps):
+    """What few steps take from the samples: contrast, detail."""
+    images = (scorer_of(settings(c)).real_images("test", c.n)[0] if latent == "pixels" else
+              samples(c, latent, dit, seed, steps, sampler=sampler)[0])
+    return dict(zip(("n", "contrast", "detail"), (len(images), *contrast_and_detail(images))))
+
+
 def measure_paths(c, latent, dit, seed, fine=50):
     """Figure 3 on the real latents, as toy_flow.py measures it in 2-D.
 
@@ -826,7 +849,7 @@ MEASURES = dict(rulers=measure_rulers, latents=measure_latents, dense=measure_de
                 generation=measure_generation, paths=measure_paths, encoders=measure_encoders,
                 width=measure_width, editing=measure_editing, spectra=measure_spectra,
                 memorization=measure_memorization, judges=measure_judges, guided=measure_guided,
-                shrunk=measure_shrunk)
+                shrunk=measure_shrunk, detail=measure_detail)
 
 
 def main(argv=None):

@@ -451,7 +451,7 @@ def test_report_numbers(tmp_path):
         "| VAE, 16 channels | ab2 | 3 | 2 | 0.2 | .250 | 0.25 | .250 |",
         "| held-out images | | | | 0.5 | .500 | 0.50 | .500 |"]
     later = ("**Not measured yet**: reconstruction and ten steps; few steps; few steps without a "
-             "DiT; other latents (")
+             "DiT; when to train;")
     assert later in " ".join(text.split())
     table.add(preset="photos", latent="vae", dit="base", seed=0, trained=20,
               sampler="euler", steps=3, scale=1.0, shift="-", n=50,
@@ -467,6 +467,16 @@ def test_report_numbers(tmp_path):
     text = "a\n<!-- headline -->\nold\n<!-- /headline -->\nb"
     assert report.fill(text, "headline", "new") == text.replace("old", "new")
     assert report.fill("none", "headline", "new") == "none"
+
+
+def test_contrast_and_detail():
+    """Paler images lose contrast, blurred ones detail, and the random ones here both have."""
+    x = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    of = lambda x: np.array(evidence.contrast_and_detail((x * 255).round().byte()))
+    contrast, detail = of(x)
+    assert abs(contrast - 0.193) < 0.01 and abs(detail - 1.12) < 0.05     # sqrt(4 / pi) if normal
+    assert np.allclose(of(x / 2 + 0.25), (contrast / 2, detail), rtol=0.01)
+    assert of(F.avg_pool2d(x, 3, 1, 1))[1] < 0.8 * detail
 
 
 def test_results_md_is_what_the_rows_say():
