@@ -121,6 +121,7 @@ PAIR, FOUR = ("svg", "vae8"), ("svg", "dino", "unaligned", "vae8")
 LOUD = tuple(f"svg_x{k}" for k in (0.25, 0.5, 1, 2, 4, 8))
 EVERY = ("encoder*", "encodershape", "encodercolor", "svg")      # encoder*: all of --encoders
 CHANGES = ("untouched", "permuted", "recolored", "ten", "three", "blurred")
+LOST = ("unchanged", "paler", "softened")          # of photographs, what few steps do to samples
 UNGUIDED = (("ab2", 10, 1.0),)
 BOTH = (("ab2", 10, 1.0), ("ab2", 10, 2.0))
 DUO, REST = ("svg", "vae"), ("dino", "unaligned", TUNED, "vavae")     # these on photographs
@@ -258,7 +259,7 @@ EXPERIMENTS = {
     "photos_long": Experiment(
         "a longer stage 1, with --preset photos-long",
         dict(generation=DUO, latents=DUO, spectra=DUO, judges=DUO, shrunk=DUO,
-             detail=DUO + ("pixels",)), LONGER),
+             detail=DUO + ("pixels",), rulers=LOST), LONGER),
     "photos_times": Experiment(
         "logit-normal times in training, with --preset photos-plain",
         dict(generation=("svg:logit",)), (("euler", 3, 1.0), ("euler", 25, 1.0), *BOTH)),
@@ -374,7 +375,7 @@ def rows(c, name):
             for more in axes(c, e, table, [kind] if kind else e.dits):
                 key = dict(more, preset=c.preset, latent=latent, change=latent,
                            channels=CHANNELS.get(latent),
-                           seed=0 if latent == "pixels" else seed,     # nothing is random in them
+                           seed=0 if latent in ("pixels", *LOST) else seed,    # nothing is random
                            step="shipped" if latent == "svg" else latent.removeprefix("encoder"))
                 yield table, {k: key[k] for k in layout[table].keys}
 
@@ -543,8 +544,13 @@ def latents_of(c, latent, seed):
 
 
 def measure_rulers(c, change, seed):
-    """The scores of real images, from a stream of their own, after one change."""
-    images, y, _, cover, factors = shapes(c.n, 32, 10 + seed, masks=True, factors=True)
+    """The scores of real images after one change: of `shapes` from a stream of their own, of
+    photographs those held out."""
+    about = settings(c)
+    if about.data == "shapes":
+        images, y, _, cover, factors = shapes(c.n, 32, 10 + seed, masks=True, factors=True)
+    else:
+        images, y = scorer_of(about).real_images("test", c.n)
     if change in ("ten", "three"):                     # a few images of each class, repeated
         few = torch.cat([(y == k).nonzero()[:10 if change == "ten" else 3, 0] for k in y.unique()])
         few = few.repeat(-(-c.n // len(few)))[:c.n]
@@ -560,7 +566,11 @@ def measure_rulers(c, change, seed):
     elif change == "blurred":
         for _ in range(2):
             x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-    return scores(to_uint8(2 * x - 1), y)
+    elif change == "paler":
+        x = x.mean((1, 2, 3), keepdim=True).lerp(x, 0.7)
+    elif change == "softened":
+        x = x.lerp(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), 0.5)
+    return scores(to_uint8(2 * x - 1), y, about)
 
 
 def measure_latents(c, latent, seed):

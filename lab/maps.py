@@ -10,7 +10,7 @@ import torch
 import sample
 from ae import load_ae
 from data import load_images, shapes, to_float, to_uint8
-from flow import ab2, guided
+from flow import ab2, euler, guided
 from lab import evidence
 from plumbing import config
 from plumbing.config import require
@@ -87,6 +87,7 @@ def draw(models, assets):
             ("maps", models, draw_maps), ("residual", models, draw_residual),
             ("steps", full, partial(draw_strip, latents=DEFAULT)),
             ("steps-photos", photos, partial(draw_strip, latents=PHOTOS)),
+            ("few-photos", photos, draw_few),
             ("parts", Path("out/photos"), draw_parts)):
         if folder.is_dir():
             figure(folder, assets / f"{name}.png")
@@ -135,6 +136,16 @@ def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR)
         y = torch.arange(10)
         halves.append([sample.generate(model, decoder, y, k, 2.0, None, seed) for k in counts])
     save_grid(path, torch.cat([torch.cat(both) for both in zip(*halves)]), 20)
+
+
+def draw_few(models, path, seed=1, latents=(*evidence.DUO, *evidence.CONTROLS)):
+    """Two rows for each latent that was trained with that seed: three Euler steps without guidance,
+    and 25 from the same noise."""
+    y = torch.arange(10)
+    folders = [models / f"{latent}-{seed}" for latent in latents]
+    save_grid(path, torch.cat([
+        sample.generate(*sample.load(folder, "cpu"), y, steps, 1.0, None, 0, euler)
+        for folder in folders if (folder / "dit.pt").is_file() for steps in (3, 25)]), len(y))
 
 
 def draw_parts(run, path):

@@ -358,10 +358,15 @@ def test_mean_iou_of_a_small_case():
 def test_the_changes_of_the_rulers(measured, monkeypatch):
     monkeypatch.chdir(measured)
     shown, c = {}, evidence_config("--preset", "debug", "--n", 100)
-    for change in evidence.CHANGES:
+    for change in (*evidence.CHANGES, *evidence.LOST):
         monkeypatch.setattr(evidence, "scores", lambda *a, change=change: shown.update({change: a}))
         evidence.measure_rulers(c, change, 0)
-    x, y = shown["untouched"]
+    x, y, about = shown["untouched"]
+    assert about.data == "shapes" and torch.equal(shown["unchanged"][0], x)
+    contrast, detail = evidence.contrast_and_detail(x)
+    assert evidence.contrast_and_detail(shown["paler"][0]) == pytest.approx(
+        (0.7 * contrast, detail), rel=0.02)
+    assert evidence.contrast_and_detail(shown["softened"][0])[1] < 0.95 * detail
     assert torch.equal(x, data.shapes(100, 32, 10)[0])
     assert len(shown["three"][0].unique(dim=0)) == 30 and len(shown["three"][1]) == 100
     again = shown["permuted"][0]
@@ -401,8 +406,9 @@ def test_a_dit_of_another_width_reads_the_autoencoder_where_it_is(measured, monk
     row = evidence.measure_width(c, "svg", 112, 48, 0)
     assert row["parameters"] == 199360 and row["loss"] > 0
     maps.draw_strip(measured / "out/evidence/debug", measured / "strip.png", (1, 2), ("svg",))
+    maps.draw_few(measured / "out/evidence/debug", measured / "few.png", 0, ("svg", "no such"))
     maps.draw_parts(measured / "out/evidence/debug/svg-0", measured / "parts.png")
-    assert all((measured / f"{name}.png").is_file() for name in ("strip", "parts"))
+    assert all((measured / f"{name}.png").is_file() for name in ("strip", "few", "parts"))
 
 
 def test_tokens_that_differ_get_different_colors():
