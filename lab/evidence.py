@@ -6,7 +6,7 @@
     python -m lab.evidence all --seeds 0       # all of them; use two terminals for two cores,
     python -m lab.evidence all --seeds 1,2     # each with its own seeds
     python -m lab.evidence all --preset debug --results out/debug    # the same code in minutes
-    python -m lab.evidence photos photos_controls --preset photos    # needs Tiny ImageNet
+    python -m lab.evidence photos_long --preset photos-long          # needs Tiny ImageNet
 
 An experiment trains what it needs in out/evidence/<preset>/, with the commands that it prints, and
 adds its measurements as rows to results/*.tsv.  What is already there is skipped, so a killed run

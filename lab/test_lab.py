@@ -341,7 +341,9 @@ def test_every_job_measures_what_its_row_says(monkeypatch, tmp_path):
         evidence.main([name, "--results", str(tmp_path)])
         found = evidence.tables(tmp_path)
         assert all(found[table].has(**key) for table, key in evidence.rows(c, name))
-        for table in {t for t, about in seen if "seed" in about}:
+        fixed = {table for table, key in evidence.rows(c, name)           # nothing random in it
+                 if key.get("change") in evidence.LOST}
+        for table in {t for t, about in seen if "seed" in about} - fixed:
             assert {about["seed"] for t, about in seen if t == table} == {0, 1, 2}, (name, table)
     seen.clear()
     evidence.main(["all", "--results", str(tmp_path)])
