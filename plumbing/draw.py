@@ -180,9 +180,12 @@ def chart(title, series, xs, xlabel, width=520, height=360, logx=True, logy=True
                 canvas.line([(px(x), py(mean + std)), (px(x), py(mean - std))], color, 1)
         canvas.line(points, color, 1.2 if thin else 2.6)
         canvas.dots(points, color, 2.4 if thin else 3.6)
-        names.append((points[-2 if thin else -1], name, color))        # so labels do not overlap
-    for (x, y), name, color in names:                     # above every curve
-        canvas.text(x - 6, y - 10, name, 14, color, "rs", halo=PAPER)
+        if name:
+            names.append((*points[-2 if thin else -1][::-1], name, color))
+    above = -np.inf
+    for y, x, name, color in sorted(names):               # above every curve, and apart
+        above = max(y, above + 15)
+        canvas.text(x - 6, above - 10, name, 14, color, "rs", halo=PAPER)
     canvas.text(left, 8, title, 18)
     canvas.text(right - 2, bottom + 26, xlabel, 14, GRAY, "ra")
     return canvas
