@@ -247,8 +247,8 @@ EXPERIMENTS = {
              shrunk=CONTROLS, detail=CONTROLS), LONGER),
     "photos_baselines": Experiment(
         "the other latents of photographs, with --preset photos-long",
-        dict(generation=REST + ("vae:repa",), latents=REST, spectra=REST, judges=REST, detail=REST),
-        LONGER),
+        dict(generation=REST + ("vae:repa",), latents=REST, spectra=REST, judges=REST, shrunk=REST,
+             detail=REST), LONGER),
     "photos_gain": Experiment(
         "a residual that is louder for the decoder than in the latent",
         dict(latents=(name := ("svg", "gain16")), generation=name), PHOTOS),

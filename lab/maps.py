@@ -138,7 +138,7 @@ def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR)
     save_grid(path, torch.cat([torch.cat(both) for both in zip(*halves)]), 20)
 
 
-def draw_few(models, path, seed=1, latents=(*evidence.DUO, *evidence.CONTROLS)):
+def draw_few(models, path, seed=1, latents=(*evidence.DUO, *evidence.CONTROLS, "dino")):
     """Two rows for each latent that was trained with that seed: three Euler steps without guidance,
     and 25 from the same noise."""
     y = torch.arange(10)

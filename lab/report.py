@@ -308,13 +308,16 @@ whatever the tables below say.
 
 VERDICT = """
 **What the tables say so far.** The preset changed after the registration: stage 1 got a GAN, and
-the models of the tables shrank. (1) holds in Frechet without the GAN (one seed) and after 1,600
-steps with it (two seeds of SVG and the VAE, one of the controls), and fails after 700 (three
-seeds), where the VAE is ahead at 3 and 5 steps. In random conv it holds against VAEs, except at 5
-steps without the GAN, and fails against the other two encoders. (2) holds wherever (1) does in
-Frechet. (3) holds (one seed): the excess of random weights is 48 %, the VAE's 161 %, and the
-accuracy with ten Euler steps is .396 against .568; against a VAE with 112 channels, 71 %, it would
-fail. (4) and (5) have not been tested.
+the models of the tables shrank. (1) fails: after 1,600 steps of stage 1 DINO's tokens alone are
+ahead of SVG in Frechet with 2 and 3 steps, and in random conv with 5 too (one seed), and so are
+both other encoders in random conv. Against VAEs (1) holds in Frechet without the GAN (one seed) and
+after 1,600 steps with it (two seeds; one of the VAE with 112 channels), but not after 700 (three
+seeds), where the VAE is ahead at 3 and 5 steps; in random conv it holds but for 5 steps without the
+GAN. (2) holds wherever SVG leads in Frechet. (3) holds (one seed): the excess of random weights is
+48 %, the VAE's 161 %, and the accuracy with ten Euler steps is .396 against .568; against a VAE
+with 112 channels, 71 %, it would fail. (4) holds for reconstructions (one seed); the random conv of
+samples is the highest with ten guided steps, 46.1, and the lowest with three Euler steps. (5) has
+not been tested: VA-VAE, REPA and the VAE with 8 channels have no rows with this preset.
 """
 
 PHOTOGRAPHS = """
@@ -361,7 +364,8 @@ ahead in accuracy, .746 against .689, in random conv and in recall; the Frechet 
 1,600 steps SVG is ahead in accuracy and in Frechet, and the VAE in PSNR, random conv and recall. On
 an encoder with random weights, one seed, SVG reconstructs as well as the VAE, 20.25 dB, and its
 decoded Frechet distance is the lowest, 1.41: what the pretrained encoder has learned to ignore, the
-residual does not bring back. Its samples are worse, 4.60 against 3.24.
+residual does not bring back. Its samples are worse, 4.60 against 3.24. DINO's tokens without the
+residual reconstruct worst, 16.63 dB.
 """
 FEW_STEPS = """
 After 700 steps of stage 1, few Euler steps cost both latents alike in the judge's Frechet distance:
@@ -381,16 +385,17 @@ against 3.77, at nearly equal accuracy, .820 and .806. In random conv SVG is ahe
 Euler steps, about level at ten, and behind with more and with ab2; its recall is lower.
 """
 CONTROLLED = """
-SVG on an encoder with random weights, SVG on that of `shapes` (the same perceptual network), and a
-VAE with 112 channels; one seed each. All three need few steps too: three Euler steps are 48 % above
-25 in Frechet on random weights (9.61, 6.51), 63 % on the encoder of shapes (9.36, 5.75) and 71 % on
-the wide VAE (9.69, 5.65), against 29 % on SVG and 161 % on the VAE with 16 channels. So most of the
-gain comes with the channels, of which SVG has 144 on its own encoder and on random weights, and 112
-on that of shapes, and needs no frozen encoder. Semantics decide how good the samples are: SVG has
-the lowest Frechet distance and the highest accuracy of the four at every number of Euler steps from
-two on, with ten .568 against .396, .438 and .464, and with ten guided steps of ab2 .820 against
-.642, .694 and .688. There the VAE with 16 channels is ahead of all three controls too. In random
-conv the wide VAE, 20.4, and random weights, 23.1, are ahead there.
+SVG on an encoder with random weights and on that of `shapes` (all with the same perceptual
+network), a VAE with 112 channels, DINO's tokens without the residual; one seed each. Three Euler
+steps are 161 % above 25 in Frechet on the VAE with 16 channels, and only 71 % on that with 112
+(9.69, 5.65), 63 % on the encoder of shapes (9.36, 5.75; 112 channels), 48 % on random weights (9.61,
+6.51; 144), 29 % on SVG (144), 5 % on DINO's tokens (6.41, 6.10; 128). So most of the gain comes with
+the channels and needs no frozen encoder; the pretrained tokens add to it, and the residual takes
+some of it back. Semantics decide how good the samples are: of these, SVG has the lowest Frechet
+distance with five and ten Euler steps and the highest accuracy with ten, .568 against .396, .438,
+.464 and .556; with ten guided steps of ab2 its Frechet distance is 3.24, those of the others 4.19
+to 4.75, behind the VAE with 16 channels. In random conv the wide VAE, 20.4, and random weights,
+23.1, are ahead there, and DINO's tokens last, 46.1.
 """
 SEEN = """
 Few Euler steps make images paler and, on the VAE with 16 channels, softer (next table). Random conv, recall and
@@ -400,12 +405,11 @@ KID see mostly the first: a contrast of .7 times the original's takes held-out i
 TAKEN = """
 Contrast is the standard deviation of an image's luminance; detail is the mean difference between
 neighboring pixels, divided by the contrast. Few Euler steps take contrast from all samples: with
-three SVG keeps .148 of the .193 that it has with 25, the VAE with 16 channels .121 of .195. They
-also blur the latter: detail falls from .228 to .180. On the wide latents it rises: from .290 to
-.338 on SVG, to .487 on random weights, from .265 to .380 on the VAE with 112 channels. There few
-steps leave texture without objects, as the pictures show.
-"""
-OTHER = """
+three SVG keeps .148 of the .193 that it has with 25, the VAE with 16 channels .121 of .195, DINO's
+tokens without the residual .175 of .196. They also blur the VAE with 16 channels: detail falls from
+.228 to .180. On the wide latents it rises: from .290 to .338 on SVG, to .487 on random weights,
+from .265 to .380 on the VAE with 112 channels. On the latter two few steps leave texture without
+objects, as the pictures show.
 """
 
 
@@ -835,8 +839,8 @@ SECTIONS = [
         the VAE 48 %; in random conv both rise by a factor of 13 to 14. After 1,600 steps they cost
         SVG 73 % (4.63, 2.67), the VAE 263 % (9.98, 2.75), and, one seed each, SVG on random
         weights 90 % (2.42, 1.28) and on the encoder of shapes 135 % (4.94, 2.11), the VAE with 112
-        channels 114 % (3.10, 1.45). So most of the gain is there without a DiT, and without
-        semantics. In the latents themselves three steps cost nearly the same, .21 to .24 of the
+        channels 114 % (3.10, 1.45), DINO's tokens without the residual 14 % (4.37, 3.83). So the
+        gain is there without a DiT. In the latents themselves three steps cost nearly the same, .21 to .24 of the
         variance within the classes at the best shift; what differs is what the decoders make of
         it.""", "latent",
         DUO + LONG + longer(OTHERS),
@@ -868,9 +872,9 @@ SECTIONS = [
                   "each, guidance 2, 1,600 steps of stage 1, seed 1: SVG on the left, the VAE on "
                   "the right. These models are too small for objects that can be named."))),
     photographs(
-        "controls of the few-step gain", CONTROLLED,
-        "latent | sampler | guidance", *by_steps(DUO + named(*evidence.CONTROLS)),
-        "photos_controls", "encoder0", preset="photos-long"),
+        "controls and other latents", CONTROLLED,
+        "latent | sampler | guidance", *by_steps(DUO + OTHERS + PHOTOS[4:5]),
+        "photos_controls photos_baselines", "encoder0", preset="photos-long"),
     photographs(
         "what the rulers see", SEEN, "held-out images",
         [(name, dict(change=change)) for name, change in zip(
@@ -882,15 +886,11 @@ SECTIONS = [
         [*DUO, *OTHERS, ("held-out images", dict(latent="pixels"))],
         [(f"{name}, {steps} steps", "detail", name, 3, dict(sampler="euler", steps=steps))
          for name in ("contrast", "detail") for steps in (2, 3, 5, 25)],
-        "photos_long photos_controls", "svg", "detail", preset="photos-long",
+        "photos_long photos_controls photos_baselines", "svg", "detail", preset="photos-long",
         figures=(("few-photos", "One image of each class, two rows for each latent, from the same "
                   "noise: three Euler steps without guidance, and 25. From top to bottom: SVG, the "
                   "VAE, SVG on a random encoder, SVG on the encoder of shapes, the VAE with 112 "
-                  "channels; seed 1."),)),
-    photographs(
-        "other latents (DINO only, unaligned, the VAE with 8 channels, VA-VAE, REPA)", OTHER,
-        "latent | sampler | guidance", *by_steps(PHOTOS), "photos_baselines", "unaligned",
-        preset="photos-long"),
+                  "channels, DINO's tokens without the residual; seed 1."),)),
     photographs(
         "without the GAN, and with an amplified residual",
         """Without the GAN, one seed: the VAE with 16 channels reconstructs better than SVG, 20.27
@@ -929,8 +929,8 @@ SECTIONS = [
         """Another seed and two thirds of the width of the first; ten guided steps. The two agree
         about accuracy after 700 steps of stage 1, and not about the Frechet distance, in which the
         second has SVG ahead, 4.68 against 5.10. After 1,600 steps both have SVG ahead in Frechet
-        distance, the second by less than the deviations (3.02, 3.38), and level in accuracy; on
-        random weights and on the encoder of shapes both have SVG behind.""",
+        distance, the second by less than the deviations (3.02, 3.38), and level in accuracy; both
+        have the controls and DINO's tokens without the residual behind SVG.""",
         "latent", DUO + LONG + longer(OTHERS),
         [(f"{head}, {which} judge", table, column, digits, key)
          for which, table, key in (("first", "generation", dict(sampler="ab2", scale=2.0)),
