@@ -388,19 +388,19 @@ CONTROLLED = """
 SVG on an encoder with random weights and on that of `shapes` (all with the same perceptual
 network), a VAE with 112 channels, DINO's tokens without the residual; one seed each. Three Euler
 steps are 161 % above 25 in Frechet on the VAE with 16 channels, and only 71 % on that with 112
-(9.69, 5.65), 63 % on the encoder of shapes (9.36, 5.75; 112 channels), 48 % on random weights (9.61,
-6.51; 144), 29 % on SVG (144), 5 % on DINO's tokens (6.41, 6.10; 128). So most of the gain comes with
-the channels and needs no frozen encoder; the pretrained tokens add to it, and the residual takes
-some of it back. Semantics decide how good the samples are: of these, SVG has the lowest Frechet
-distance with five and ten Euler steps and the highest accuracy with ten, .568 against .396, .438,
-.464 and .556; with ten guided steps of ab2 its Frechet distance is 3.24, those of the others 4.19
-to 4.75, behind the VAE with 16 channels. In random conv the wide VAE, 20.4, and random weights,
-23.1, are ahead there, and DINO's tokens last, 46.1.
+(9.69, 5.65), 63 % on the encoder of shapes (9.36, 5.75; 112 channels), 48 % on random weights
+(9.61, 6.51; 144), 29 % on SVG (144), 5 % on DINO's tokens (6.41, 6.10; 128). So most of the gain
+comes with the channels and needs no frozen encoder; the pretrained tokens add to it, and the
+residual takes some of it back. Semantics decide how good the samples are: of these, SVG has the
+lowest Frechet distance with five and ten Euler steps and the highest accuracy with ten, .568
+against .396, .438, .464 and .556; with ten guided steps of ab2 its Frechet distance is 3.24, those
+of the others 4.19 to 4.75, behind the VAE with 16 channels. In random conv the wide VAE, 20.4, and
+random weights, 23.1, are ahead there, and DINO's tokens last, 46.1.
 """
 SEEN = """
-Few Euler steps make images paler and, on the VAE with 16 channels, softer (next table). Random conv, recall and
-KID see mostly the first: a contrast of .7 times the original's takes held-out images from 7.7 to
-208.4, half a blur only to 13.1. The judge sees both.
+Few Euler steps make images paler and, on the VAE with 16 channels, softer (next table). Random
+conv, recall and KID see mostly the first: a contrast of .7 times the original's takes held-out
+images from 7.7 to 208.4, half a blur only to 13.1. The judge sees both.
 """
 TAKEN = """
 Contrast is the standard deviation of an image's luminance; detail is the mean difference between
@@ -840,9 +840,9 @@ SECTIONS = [
         SVG 73 % (4.63, 2.67), the VAE 263 % (9.98, 2.75), and, one seed each, SVG on random
         weights 90 % (2.42, 1.28) and on the encoder of shapes 135 % (4.94, 2.11), the VAE with 112
         channels 114 % (3.10, 1.45), DINO's tokens without the residual 14 % (4.37, 3.83). So the
-        gain is there without a DiT. In the latents themselves three steps cost nearly the same, .21 to .24 of the
-        variance within the classes at the best shift; what differs is what the decoders make of
-        it.""", "latent",
+        gain is there without a DiT. In the latents themselves three steps cost nearly the same,
+        .21 to .24 of the variance within the classes at the best shift; what differs is what the
+        decoders make of it.""", "latent",
         DUO + LONG + longer(OTHERS),
         [(f"{head}, {steps} {name} steps", "shrunk", column, digits,
           dict(sampler=name, steps=steps))
@@ -865,7 +865,7 @@ SECTIONS = [
         "a longer stage 1", LONGER, "latent | sampler | guidance", *by_steps(LONG),
         "photos_long", "svg", preset="photos-long",
         figures=(("photos-curves", "Euler steps without guidance, after 1,600 steps of stage 1; "
-                  "random, shapes, wide VAE: the controls below, one seed. Right: ten "
+                  "random, shapes, wide VAE, DINO only: the controls below, one seed. Right: ten "
                   "steps of ab2 during training, after 700 steps of stage 1; thin: guidance 2. "
                   "Bars: one standard deviation."),
                  ("steps-photos", "1, 2, 3, 5, 10, 25 steps of ab2 from the same noise, one row "
@@ -1029,7 +1029,7 @@ def lines_to_read(text):
 
 # ---------------------------------------------------------------- the curves
 
-BLUE, RED, GREEN, ORANGE = "#2f6fb7", "#d0342c", "#2c9a62", "#d98a1f"
+BLUE, RED, GREEN, ORANGE, VIOLET = "#2f6fb7", "#d0342c", "#2c9a62", "#d98a1f", "#8a4fb5"
 
 
 def curves(N, folder):
@@ -1054,7 +1054,7 @@ def curves(N, folder):
     photos, kept = dict(preset="photos"), evidence.PRESETS["photos"]["kept"]
     two = ("svg", BLUE), ("vae", RED)
     few = (FEW_PHOTOS[1:], "steps", "Euler steps", [dict(preset="photos-long", sampler="euler")],
-           (*two, *zip(evidence.CONTROLS, (GRAY, GREEN, ORANGE))))
+           (*two, *zip((*evidence.CONTROLS, "dino"), (GRAY, GREEN, ORANGE, VIOLET))))
     write(Path(folder) / "photos-curves.png", [
         both("random conv", "conv", *few), both("Frechet", "frechet", *few),
         both("Frechet", "frechet", kept, "trained", "training steps",
