@@ -846,10 +846,10 @@ SECTIONS = [
         the VAE 48 %; in random conv both rise by a factor of 13 to 14. After 1,600 steps they cost
         SVG 73 % (4.63, 2.67), the VAE 263 % (9.98, 2.75), and, one seed each, SVG on random
         weights 90 % (2.42, 1.28) and on the encoder of shapes 135 % (4.94, 2.11), the VAE with 112
-        channels 114 % (3.10, 1.45), DINO's tokens without the residual 14 % (4.37, 3.83). So the
-        gain is there without a DiT. In the latents themselves three steps cost nearly the same,
-        .21 to .24 of the variance within the classes at the best shift; what differs is what the
-        decoders make of it.""", "latent",
+        channels 114 % (3.10, 1.45), DINO's tokens without the residual 14 % (4.37, 3.83), SVG
+        without matching 92 % (4.91, 2.55). So the gain is there without a DiT. In the latents
+        themselves three steps cost nearly the same, .21 to .24 of the variance within the classes
+        at the best shift; what differs is what the decoders make of it.""", "latent",
         DUO + LONG + longer(OTHERS),
         [(f"{head}, {steps} {name} steps", "shrunk", column, digits,
           dict(sampler=name, steps=steps))
@@ -908,7 +908,8 @@ SECTIONS = [
         learns, has the same scale as before) brings SVG to 20.78 dB, and its Frechet distances
         below the VAEs'. But the samples look worse: details do not fit from one patch to the next,
         and objects are harder to name than without the gain, which no score here sees. So no preset
-        has it; a gain of 4 with the GAN is no better (above).""", "latent", [*PHOTOS[:3], *named("gain16")],
+        has it; a gain of 4 with the GAN is no better (above).""",
+        "latent", [*PHOTOS[:3], *named("gain16")],
         (PSNR, SSIM, *((f"decoded {head}", *column)
                        for head, *column in rulers(steps="decoded")[:5]),
          *((f"Frechet, {steps} {name} steps", "generation", "frechet", 2,
