@@ -347,9 +347,9 @@ images and .778 of their reconstructions (18.9 dB); the Frechet distances are 2.
 so accuracy alone flatters the samples. With guidance 2 they are .946 and 2.31. Stage 1 has a GAN in
 its second half; without it (half as many steps) reconstructions had .682 and 5.44 and showed grids
 of dots despite the random views of the perceptual loss. A residual four times louder for the
-decoder (`ae.py --residual_gain 4`, and `dit.py --steps 4800`) brings the reconstructions to 19.9
-dB, .816 and 1.65, but the samples only to .954 and 2.67, with guidance 2 to .908 and 2.23, and they
-are no easier to name.*
+decoder (`ae.py --residual_gain 4`, and `dit.py --steps 4800` instead of 6,000) brings the
+reconstructions to 19.9 dB, .816 and 1.65, and leaves the samples at .954 and 2.67, with guidance 2
+at .908 and 2.23; they are no easier to name.*
 """
 PARTS = """
 *What each part of the latent carries, one generated image per class (ten steps of ab2, guidance 2,
@@ -389,20 +389,20 @@ against 3.77, at nearly equal accuracy, .820 and .806. In random conv SVG is ahe
 Euler steps, about level at ten, and behind with more and with ab2; its recall is lower.
 """
 CONTROLLED = """
-SVG on an encoder with random weights and on that of `shapes` (all with the same perceptual
-network), a VAE with 112 channels, DINO's tokens without the residual; one seed each. Three Euler
-steps are 161 % above 25 in Frechet on the VAE with 16 channels, and only 71 % on that with 112
-(9.69, 5.65), 63 % on the encoder of shapes (9.36, 5.75; 112 channels), 48 % on random weights
-(9.61, 6.51; 144), 29 % on SVG (144), 5 % on DINO's tokens (6.41, 6.10; 128). So most of the gain
-comes with the channels and needs no frozen encoder; the pretrained tokens add to it, and the
-residual takes some of it back. Semantics decide how good the samples are: of these, SVG has the
-lowest Frechet distance with five and ten Euler steps and the highest accuracy with ten, .568
-against .396, .438, .464 and .556; with ten guided steps of ab2 its Frechet distance is 3.24, those
-of the others 4.19 to 4.75, behind the VAE with 16 channels. In random conv the wide VAE, 20.4, and
-random weights, 23.1, are ahead there, and DINO's tokens last, 46.1. A residual that is not matched
-is at least level with SVG: three Euler steps are 33 % above 25 (6.95, 5.22), and with ten guided
-steps Frechet is 2.99 and accuracy .864, against .820; each channel of the latent is normalized
-anyway.
+SVG on an encoder with random weights and on that of `shapes`, a VAE with 112 channels (KL weight
+1e-5, not 1e-4), DINO's tokens without the residual; one seed each, SVG and the VAE with 16 channels
+two; all with the same perceptual network. Three Euler steps are 161 % above 25 in Frechet on the
+VAE with 16 channels, and only 71 % on that with 112 (9.69, 5.65), 63 % on the encoder of shapes
+(9.36, 5.75; 112 channels), 48 % on random weights (9.61, 6.51; 144), 29 % on SVG (144), 5 % on
+DINO's tokens (6.41, 6.10; 128). So most of the gain over the narrow VAE needs no frozen encoder;
+DINO's tokens alone gain more, and the residual takes some of it back. How good the samples are is
+another matter: SVG has the lowest Frechet distance of these with five and ten Euler steps, and with
+ten guided steps of ab2, 3.24; the VAE with 16 channels follows with 3.77, the others have 4.19 to
+4.75. Between encoders, semantics help there: random weights have 4.60 and an accuracy of .642, the
+encoder of shapes 4.33 and .694, SVG .820. In random conv the wide VAE, 20.4, and random weights,
+23.1, are ahead there, and DINO's tokens last, 46.1. A residual that is not matched is at least
+level with SVG: three Euler steps are 33 % above 25 (6.95, 5.22), and with ten guided steps Frechet
+is 2.99 and accuracy .864; each channel of the latent is normalized anyway.
 """
 SEEN = """
 Few Euler steps make images paler and, on the VAE with 16 channels, softer (next table). Random
@@ -847,16 +847,17 @@ SECTIONS = [
         SVG 73 % (4.63, 2.67), the VAE 263 % (9.98, 2.75), and, one seed each, SVG on random
         weights 90 % (2.42, 1.28) and on the encoder of shapes 135 % (4.94, 2.11), the VAE with 112
         channels 114 % (3.10, 1.45), DINO's tokens without the residual 14 % (4.37, 3.83), SVG
-        without matching 92 % (4.91, 2.55). So the gain is there without a DiT. In the latents
-        themselves three steps cost nearly the same, .21 to .24 of the variance within the classes
-        at the best shift; what differs is what the decoders make of it.""", "latent",
+        without matching 92 % (4.91, 2.55). So the gain is there without a DiT. In Gaussian latents
+        with the same variances three steps would cost nearly the same for all, .21 to .24 of the
+        variance within the classes at the best shift; what differs is what the decoders make of
+        it.""", "latent",
         DUO + LONG + longer(OTHERS),
         [(f"{head}, {steps} {name} steps", "shrunk", column, digits,
           dict(sampler=name, steps=steps))
          for head, column, digits in (("Frechet", "frechet", 2), ("random conv", "conv", 1))
          for name, steps in evidence.SHRUNK]
         + [("effective dimension", "spectra", "effective", 1, {}),
-           ("error in the latent, 3 euler steps", "spectra", "error3", 3, {})],
+           ("predicted error in the latent, 3 euler steps", "spectra", "error3", 3, {})],
         "photos", "svg", "shrunk"),
     photographs(
         "when to train",
@@ -880,7 +881,7 @@ SECTIONS = [
                   "the right. These models are too small for objects that can be named."))),
     photographs(
         "controls and other latents", CONTROLLED,
-        "latent | sampler | guidance", *by_steps(DUO + OTHERS + PHOTOS[4:5]),
+        "latent | sampler | guidance", *by_steps(DUO + named(*evidence.CONTROLS) + PHOTOS[2:]),
         "photos_controls photos_baselines", "encoder0", preset="photos-long"),
     photographs(
         "what the rulers see", SEEN, "held-out images",
@@ -908,7 +909,7 @@ SECTIONS = [
         learns, has the same scale as before) brings SVG to 20.78 dB, and its Frechet distances
         below the VAEs'. But the samples look worse: details do not fit from one patch to the next,
         and objects are harder to name than without the gain, which no score here sees. So no preset
-        has it; a gain of 4 with the GAN is no better (above).""",
+        has it; nor does one of 4 make them easier to name with the GAN (above).""",
         "latent", [*PHOTOS[:3], *named("gain16")],
         (PSNR, SSIM, *((f"decoded {head}", *column)
                        for head, *column in rulers(steps="decoded")[:5]),
