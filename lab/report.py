@@ -309,17 +309,17 @@ whatever the tables below say.
 VERDICT = """
 **What the tables say so far.** The preset changed after the registration: stage 1 got a GAN, and
 the models of the tables shrank. (1) fails: after 1,600 steps of stage 1 DINO's tokens alone are
-ahead of SVG in Frechet with 2 and 3 steps, and in random conv with 5 too (one seed), and so are
-both other encoders in random conv; a residual that is not matched is level with SVG. Against VAEs
-(1) holds in Frechet without the GAN (one seed) and after 1,600 steps with it (two seeds; one of the
-VAE with 112 channels), but not after 700 (three seeds), where the VAE is ahead at 3 and 5 steps; in
-random conv it holds but for 5 steps without the GAN. (2) holds wherever SVG leads in Frechet. (3)
-holds (one seed): the excess of random weights is 48 %, the VAE's 161 %, and the accuracy with ten
-Euler steps is .396 against .568; against a VAE with 112 channels, 71 %, it would fail. (4) holds
-for reconstructions (one seed); the random conv of samples is the highest with ten guided steps,
-46.1, and the lowest with three Euler steps. (5) fails (one seed): there is no gap in accuracy to
-lie in. With ten guided steps the VAE has .806, REPA .806, VA-VAE .816, SVG .820; without guidance,
-with ten Euler steps, .566, .578, .604, .568.
+ahead of SVG in Frechet with 2 and 3 steps, and in random conv with 5 too (one seed), and so is the
+encoder of shapes in random conv (one seed); a residual that is not matched is level with SVG.
+Against VAEs (1) holds in Frechet without the GAN (one seed) and after 1,600 steps with it (two
+seeds), but not after 700 (three seeds), where the VAE is ahead at 3 and 5 steps; in random conv it
+holds but for 5 steps without the GAN. (2) holds wherever SVG leads in Frechet. (3) holds (two
+seeds): the excess of random weights is 46 %, the VAE's 161 %, and the accuracy with ten Euler steps
+is .404 against .568; against a VAE with 112 channels, 66 %, it would fail. (4) holds for
+reconstructions (one seed); the random conv of samples is the highest with ten guided steps, 46.1,
+and the lowest with three Euler steps. (5) fails (one seed): there is no gap in accuracy to lie in.
+With ten guided steps the VAE has .806, REPA .806, VA-VAE .816, SVG .820; without guidance, with ten
+Euler steps, .566, .578, .604, .568.
 """
 
 PHOTOGRAPHS = """
@@ -371,9 +371,9 @@ in the judge's Frechet distance their reconstructions are level. With ten guided
 ahead in accuracy, .746 against .689, in random conv and in recall; the Frechet distances, 5.00 and
 5.60, are within the deviations, and a second judge (below) has them the other way round. After
 1,600 steps SVG is ahead in accuracy and in Frechet, and the VAE in PSNR, random conv and recall. On
-an encoder with random weights, one seed, SVG reconstructs as well as the VAE, 20.25 dB, and its
-decoded Frechet distance is the lowest, 1.41: what the pretrained encoder has learned to ignore, the
-residual does not bring back. Its samples are worse, 4.60 against 3.24. DINO's tokens without the
+an encoder with random weights SVG reconstructs as well as the VAE, 20.26 dB, and its decoded
+Frechet distance is the lowest, 1.64: what the pretrained encoder has learned to ignore, the
+residual does not bring back. Its samples are worse, 5.02 against 3.24. DINO's tokens without the
 residual reconstruct worst, 16.63 dB; a residual that is not matched, 19.70 dB, better than SVG's.
 """
 FEW_STEPS = """
@@ -395,21 +395,22 @@ Euler steps, about level at ten, and behind with more and with ab2; its recall i
 """
 CONTROLLED = """
 SVG on an encoder with random weights and on that of `shapes`, a VAE with 112 channels (KL weight
-1e-5, not 1e-4), DINO's tokens without the residual; one seed each, SVG and the VAE with 16 channels
-two; all with the same perceptual network. Three Euler steps are 161 % above 25 in Frechet on the
-VAE with 16 channels, and only 71 % on that with 112 (9.69, 5.65), 63 % on the encoder of shapes
-(9.36, 5.75; 112 channels), 48 % on random weights (9.61, 6.51; 144), 29 % on SVG (144), 5 % on
-DINO's tokens (6.41, 6.10; 128). So most of the gain over the narrow VAE needs no frozen encoder;
-DINO's tokens alone gain more, and the residual takes some of it back. How good the samples are is
-another matter: SVG has the lowest Frechet distance of these with five and ten Euler steps, and with
-ten guided steps of ab2, 3.24; the VAE with 16 channels follows with 3.77, the others have 4.19 to
-4.75. Between encoders, semantics help there: random weights have 4.60 and an accuracy of .642, the
-encoder of shapes 4.33 and .694, SVG .820. In random conv the wide VAE, 20.4, and random weights,
-23.1, are ahead there, and DINO's tokens last, 46.1. A residual that is not matched is at least
-level with SVG: three Euler steps are 33 % above 25 (6.95, 5.22), and with ten guided steps Frechet
-is 2.99 and accuracy .864; each channel of the latent is normalized anyway. Aligning the VAE to the
-same encoder changes little: three Euler steps are 135 % above 25 on VA-VAE (11.67, 4.97), 160 %
-with REPA (12.91, 4.97), and with ten guided steps Frechet is 3.83 and 3.83, accuracy .816 and .806.
+1e-5, not 1e-4), DINO's tokens without the residual; two seeds of SVG, the random weights and the
+VAEs with 16 and 112 channels, one of the others; all with the same perceptual network. Three Euler
+steps are 161 % above 25 in Frechet on the VAE with 16 channels, and only 66 % on that with 112
+(9.51, 5.72), 63 % on the encoder of shapes (9.36, 5.75; 112 channels), 46 % on random weights
+(9.54, 6.55; 144), 29 % on SVG (144), 5 % on DINO's tokens (6.41, 6.10; 128). So most of the gain
+over the narrow VAE needs no frozen encoder; DINO's tokens alone gain more, and the residual takes
+some of it back. How good the samples are is another matter: SVG has the lowest Frechet distance of
+these with five and ten Euler steps, and with ten guided steps of ab2, 3.24; the VAE with 16
+channels follows with 3.77, the others have 4.15 to 5.02. Between encoders, semantics help there:
+random weights have 5.02 and an accuracy of .609, the encoder of shapes 4.33 and .694, SVG .820. In
+random conv the wide VAE, 21.3, is ahead there, and DINO's tokens are last, 46.1. A residual that is
+not matched is at least level with SVG: three Euler steps are 33 % above 25 (6.95, 5.22), and with
+ten guided steps Frechet is 2.99 and accuracy .864; each channel of the latent is normalized anyway.
+Aligning the VAE to the same encoder changes little: three Euler steps are 135 % above 25 on VA-VAE
+(11.67, 4.97), 160 % with REPA (12.91, 4.97), and with ten guided steps Frechet is 3.83 and 3.83,
+accuracy .816 and .806.
 """
 SEEN = """
 Few Euler steps make images paler and, on the VAE with 16 channels, softer (next table). Random
@@ -420,10 +421,11 @@ TAKEN = """
 Contrast is the standard deviation of an image's luminance; detail is the mean difference between
 neighboring pixels, divided by the contrast. Few Euler steps take contrast from all samples: with
 three SVG keeps .148 of the .193 that it has with 25, the VAE with 16 channels .121 of .195, DINO's
-tokens without the residual .175 of .196. They also blur the VAE with 16 channels, whose detail falls
-from .228 to .180, and VA-VAE, from .221 to .197. On the wide latents it rises: from .290 to .338 on
-SVG, to .487 on random weights, from .265 to .380 on the VAE with 112 channels. On the latter two
-few steps leave texture without objects, as the pictures show.
+tokens without the residual .175 of .196. They also blur the VAE with 16 channels, whose detail
+falls from .228 to .180, and VA-VAE, from .221 to .197. On the wide latents it rises: from .290 to
+.338 on SVG, from .284 to .462 on random weights, from .252 to .323 on the VAE with 112 channels,
+where one of the two seeds hardly rises. On the latter two few steps leave texture without objects,
+as the pictures of seed 1 show.
 """
 
 
@@ -848,16 +850,16 @@ SECTIONS = [
     photographs(
         "few steps without a DiT",
         """Encoded training images, whose deviations from the class mean lose in each principal
-        direction what few steps (shift 3) would lose if the latents were Gaussian; then decoded
-        and scored. After 700 steps of stage 1 three Euler steps cost SVG 41 % over 25 in Frechet,
-        the VAE 48 %; in random conv both rise by a factor of 13 to 14. After 1,600 steps they cost
-        SVG 73 % (4.63, 2.67), the VAE 263 % (9.98, 2.75), and, one seed each, SVG on random
-        weights 90 % (2.42, 1.28) and on the encoder of shapes 135 % (4.94, 2.11), the VAE with 112
-        channels 114 % (3.10, 1.45), VA-VAE 245 % (10.30, 2.99), DINO's tokens without the residual
-        14 % (4.37, 3.83), SVG without matching 92 % (4.91, 2.55). So the gain is there without a
-        DiT. In Gaussian latents with the same variances three steps would cost nearly the same for
-        all, .21 to .24 of the variance within the classes at the best shift; what differs is what
-        the decoders make of it.""", "latent",
+        direction what few steps (shift 3) would lose if the latents were Gaussian; then decoded and
+        scored. After 700 steps of stage 1 three Euler steps cost SVG 41 % over 25 in Frechet, the
+        VAE 48 %; in random conv both rise by a factor of 13 to 14. After 1,600 steps they cost SVG
+        73 % (4.63, 2.67), the VAE 263 % (9.98, 2.75), SVG on random weights 78 % (2.57, 1.44), the
+        VAE with 112 channels 115 % (3.47, 1.61), and, one seed each, SVG on the encoder of shapes
+        135 % (4.94, 2.11), VA-VAE 245 % (10.30, 2.99), DINO's tokens without the residual 14 %
+        (4.37, 3.83), SVG without matching 92 % (4.91, 2.55). So the gain is there without a DiT. In
+        Gaussian latents with the same variances three steps would cost nearly the same for all, .21
+        to .24 of the variance within the classes at the best shift; what differs is what the
+        decoders make of it.""", "latent",
         DUO + LONG + longer(OTHERS),
         [(f"{head}, {steps} {name} steps", "shrunk", column, digits,
           dict(sampler=name, steps=steps))
@@ -880,7 +882,7 @@ SECTIONS = [
         "a longer stage 1", LONGER, "latent | sampler | guidance", *by_steps(LONG),
         "photos_long", "svg", preset="photos-long",
         figures=(("photos-curves", "Euler steps without guidance, after 1,600 steps of stage 1; "
-                  "random, shapes, wide VAE, DINO only: the controls below, one seed. Right: ten "
+                  "random, shapes, wide VAE, DINO only: the controls below. Right: ten "
                   "steps of ab2 during training, after 700 steps of stage 1; thin: guidance 2. "
                   "Bars: one standard deviation."),
                  ("steps-photos", "1, 2, 3, 5, 10, 25 steps of ab2 from the same noise, one row "
@@ -926,13 +928,13 @@ SECTIONS = [
          *scores(", w = 2", scale=2.0)), "photos photos_gain", "gain16", preset="photos-plain"),
     photographs(
         "how semantic must the encoder be?",
-        """One seed, 3,200 steps two. The longer the encoder is pretrained, the better are the guided
-        samples: with ten steps of ab2 and guidance 2, accuracy rises from .642 on random weights to
-        .794, .808 and .820, and Frechet falls from 4.60 to 3.72, 2.93 and 3.24, of which the last
-        two are level. Reconstructions lose PSNR, 20.25 dB, 19.15, 18.30, 18.62, and random conv of
-        the guided samples rises, 23.1, 31.0, 37.9, 36.0. What few steps cost does not follow the
-        pretraining: three Euler steps are 48 %, 48 %, 97 % (11.19, 5.68) and 29 % above 25 in
-        Frechet.""", "encoder of SVG",
+        """One seed of 400 and 1,200 steps, two of the others. Longer pretraining makes the guided
+        samples better: with ten steps of ab2 and guidance 2, accuracy rises from .609 on random
+        weights to .794, .808 and .820, and Frechet falls from 5.02 to 3.72, 2.93 and 3.24, of which
+        the last two are level. Reconstructions lose PSNR, 20.26 dB, 19.15, 18.30, 18.62, and random
+        conv of the guided samples rises, 28.4, 31.0, 37.9, 36.0. What few steps cost does not
+        follow the pretraining: three Euler steps are 46 %, 48 %, 97 % (11.19, 5.68) and 29 % above
+        25 in Frechet.""", "encoder of SVG",
         [(f"pretrained for {k:,} steps" if k else "random weights", dict(latent=f"encoder{k}"))
          for k in evidence.PRESETS["photos"]["encoders"]]
         + [("pretrained for 3,200 steps", dict(latent="svg"))],
