@@ -53,12 +53,14 @@ def flow_loss(model, x1, *cond, shift=1.0, generator=None, pair=None):
     return (v.float() - (x1 - x0).float()).square().flatten(1).mean(1), t
 
 
-def guided(model, y, null, scale, t_range=(0.0, 1.0)):
+def guided(model, y, null, scale, t_range=(0.0, 1.0), weak=None):
     """Classifier-free guidance v_null + scale (v_y - v_null), on all channels -> velocity(x, t).
 
     y (B,) classes; null: the index that means no class; t_range: outside lo <= t <= hi the plain
     conditional model is used.  At scale 1 or outside the range, velocity(x, t) evaluates the model
-    once, otherwise twice, batched into one call of size 2B.
+    once, otherwise twice, batched into one call of size 2B.  weak: a less trained model, which
+    gives v_null instead: guidance then also leads away from what more training corrects, as in
+    AutoGuidance (arXiv 2406.02507, which asks it for the class).
     """
     nothing = torch.full_like(y, null)
 
@@ -67,13 +69,17 @@ def guided(model, y, null, scale, t_range=(0.0, 1.0)):
         # ---- EXERCISE 3: a scale that is a function of t ----
         if scale == 1 or not t_range[0] <= float(t[0]) <= t_range[1]:
             return model(x, t, y)
-        both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nothing]))
-        v_y, v_null = both.float().chunk(2)
+        if weak:
+            # ---- EXERCISE 11: the class ----
+            v_y, v_null = model(x, t, y).float(), weak(x, t, nothing).float()
+        else:
+            both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nothing]))
+            v_y, v_null = both.float().chunk(2)
         return v_null + scale * (v_y - v_null)
     return velocity
 
 
-# ---- EXERCISE 10: guided_star; EXERCISE 11: an early model instead of no class ----
+# ---- EXERCISE 10: guided_star ----
 
 
 def times(steps, shift=1.0):

@@ -45,6 +45,8 @@ class Config:
     out: str = field("", "the folder that stage 2 wrote; out/<preset> if empty")
     steps: int = field(10, "sampler steps", also=["nfe"])
     scale: float = field(3.0, "guidance scale; 1: no guidance", also=["guidance", "cfg"])
+    weak: str = field("", "an early state of the DiT, dit_500.pt of `dit.py --keep 500`, to guide "
+                      "away from; empty: only from no class")
     t_lo: float = field(0.0, "guide from this time on (0 is noise)")
     t_hi: float = field(1.0, "guide up to this time (1 is data)")
     shift: str = field("", "time shift of the steps, a number or auto; empty: the DiT's own")
@@ -75,7 +77,9 @@ class Config:
 PRESETS = {
     "shapes": dict(),          # 2 CPU cores, 16 s
     "debug": dict(steps=2, columns=2, n=100),              # noise, but all code runs
-    "photos": dict(columns=10, scale=3.0),
+    # One shared core: 8 samples/s. To the eye clearer than guidance 2 without `weak`, which scores
+    # better (RESULTS.md, Photographs).
+    "photos": dict(columns=10, scale=2.5, weak="dit_1000.pt"),
     "imagenette": dict(steps=25, columns=4, batch=16),     # not run on real weights
 }
 
@@ -111,6 +115,19 @@ def load(out, device="cpu"):
     return model, load_ae(Path(out) / "ae.pt", device)             # `generate` will refuse it
 
 
+def load_weak(c, folder, ae, device):
+    """The early state of the DiT that --weak names, or None; says so if only the preset names it
+    and it is not there.  Raises UserError."""
+    if not c.weak:
+        return None
+    path = Path(folder) / c.weak
+    if not path.is_file() and "weak" not in c.explicit:
+        return print(f"guided away from no class only, because there is no {path}")
+    weak = load_dit(path, device)
+    check_pair(weak, ae)
+    return weak
+
+
 def draw_noise(model, ae, n, seed):
     """The starting points of n samples, (n, C, h, w), on the CPU: the same on every device."""
     side = ae.image_size // ae.patch
@@ -119,11 +136,11 @@ def draw_noise(model, ae, n, seed):
 
 @torch.no_grad()
 def generate(model, ae, labels, steps=10, scale=1.0, shift=None, seed=0, sampler=ab2,
-             t_range=(0.0, 1.0), batch=250, callback=None, noise=None, precision="auto"):
+             t_range=(0.0, 1.0), weak=None, batch=250, callback=None, noise=None, precision="auto"):
     """Draw one image per label -> uint8 (B, 3, S, S) on the CPU.
 
     model, ae: from `load`; labels: int64 (B,), `model.classes` means no class; steps, sampler,
-    scale, t_range: as in flow.py; shift: of the times, None for the model's own; seed: of the
+    scale, t_range, weak: as in flow.py; shift: of the times, None for the model's own; seed: of the
     noise, unless `noise` (B, C, h, w) is given; batch: samples at a time; callback(start, i, t, x)
     gets the states of the samples from `start` on; precision: of the networks.
 
@@ -142,8 +159,8 @@ def generate(model, ae, labels, steps=10, scale=1.0, shift=None, seed=0, sampler
         x, y = (a[start:start + batch].to(device) for a in (noise, labels))
         see = callback and (lambda i, t, x, start=start: callback(start, i, t, x))
         with autocast():
-            # ---- EXERCISE 10: guided_star; EXERCISE 11: weak ----
-            velocity = guided(model, y, model.classes, scale, t_range)
+            # ---- EXERCISE 10: guided_star ----
+            velocity = guided(model, y, model.classes, scale, t_range, weak)
             z = sampler(velocity, x, steps, shift, see)                        # (B, C, h, w)
             images.append(to_uint8(ae.decode(z)))
     return torch.cat(images)
@@ -151,11 +168,13 @@ def generate(model, ae, labels, steps=10, scale=1.0, shift=None, seed=0, sampler
 
 def measure(model, ae, labels, **options):
     """`generate` -> images, seconds, NFE (counted, not computed from the number of steps)."""
-    sizes = []                                          # of the batches that the model evaluates
-    hook = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    sizes = []                                          # of the batches that the models evaluate
+    hooks = [m.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+             for m in (model, options.get("weak")) if m]
     began = time.time()
     images = generate(model, ae, labels, **options)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     return images, time.time() - began, sum(sizes) / len(labels)
 
 
@@ -179,7 +198,7 @@ def grid_name(c):
     """samples.png, or samples-steps5-scale1.png: the flags whose values differ from the preset's,
     so that the grid of one setting does not replace that of another."""
     usual, name = Config(**PRESETS[c.preset]), "samples"
-    for flag in "steps scale t_lo t_hi shift sampler seed classes columns".split():
+    for flag in "steps scale weak t_lo t_hi shift sampler seed classes columns".split():
         value = getattr(c, flag)
         if value != getattr(usual, flag):
             name += f"-{flag}" + (f"{value:g}" if isinstance(value, float) else str(value))
@@ -278,15 +297,18 @@ def main(argv=None):
     """The command line."""
     c = config.parse(Config, PRESETS, argv)
     device, autocast = config.setup(c.device, precision=c.precision)
-    model, ae = load(find_run(c), device)
+    model, ae = load(folder := find_run(c), device)
+    weak = load_weak(c, folder, ae, device)
     out, classes = Path(c.out), choose(c.classes, ae.class_names)
     shift = resolve_shift(c.shift, ae) if c.shift else model.sample_shift
-    # ---- EXERCISE 3: a function of t; EXERCISE 11: hand over dit_1000.pt ----
+    # ---- EXERCISE 3: a function of t ----
     options = dict(steps=c.steps, scale=c.scale, shift=shift, seed=c.seed, batch=c.batch,
-                   sampler=SAMPLERS[c.sampler], t_range=(c.t_lo, c.t_hi), precision=c.precision)
+                   sampler=SAMPLERS[c.sampler], t_range=(c.t_lo, c.t_hi), weak=weak,
+                   precision=c.precision)
     draw = partial(measure, model, ae, **options)       # labels -> images, seconds, NFE
     print(f"stage 3 on {config.describe(device, c.precision)}; DiT of step {model.step}; {c.steps} "
-          f"{c.sampler} steps, guidance {c.scale:g}, shift {shift:g}, seed {c.seed}")
+          f"{c.sampler} steps, guidance {c.scale:g}{f' away from {c.weak}' if weak else ''}, shift "
+          f"{shift:g}, seed {c.seed}")
     warn_if_unguided(c, shift)
     if config.rank() == 0:                              # under torchrun only --npz is shared out
         show(c, draw, ae, classes, device)

@@ -99,6 +99,19 @@ def test_guidance_blends_every_channel_and_scale_one_costs_one_call():
     assert sizes == [8, 4, 4]
 
 
+def test_guidance_away_from_a_weaker_model_asks_it_for_no_class():
+    asked = []
+
+    def model(factor):
+        return lambda x, t, y: asked.append((factor, y.tolist())) or x * 0 + factor * y[0]
+    x, y = torch.zeros(2, 3, 2, 2), torch.tensor([4, 4])
+    v = flow.guided(model(1), y, 10, 3.0, weak=model(0.5))(x, 0.5)
+    assert torch.equal(v, torch.full_like(v, 5 + 3 * (4 - 5)))
+    assert asked == [(1, [4, 4]), (0.5, [10, 10])]
+    flow.guided(model(1), y, 10, 1.0, weak=model(0.5))(x, 0.5)
+    assert asked[2:] == [(1, [4, 4])]                             # at scale 1 it is not asked
+
+
 @pytest.mark.parametrize("sampler", [flow.euler, flow.ab2])
 def test_the_samplers_state_stays_float32(sampler):
     x = sampler(lambda x, t: torch.ones_like(x).bfloat16(), torch.ones(1).bfloat16(), 1000)
@@ -879,6 +892,12 @@ def test_more_steps_kept_steps_and_overwrite(work, tmp_path):
     assert (early.step, last.step) == (2, 3)
     for a, b in zip(last.parameters(), dit.load_dit(out / "dit.pt").parameters()):
         assert torch.equal(a, b)
+    flags = ["--out", out, "--steps", 3, "--columns", 1, "--n", 0]
+    away = call(sample, *flags, "--weak", "dit_2.pt", cwd=work)
+    assert "away from dit_2.pt" in away.stdout and "nfe: 6\n" in away.stdout, away.stderr
+    one_line(call(sample, *flags, "--weak", "dit_9.pt", cwd=work), "dit_9.pt", "python dit.py")
+    plain = call(sample, *flags, "--preset", "photos", cwd=work)   # which names a dit_1000.pt
+    assert "no class only" in plain.stdout and "nfe: 6\n" in plain.stdout, plain.stderr
 
 
 def test_missing_files_and_wrong_pairs_say_which_command_helps(work, tmp_path):

@@ -60,6 +60,7 @@ class Config:
 
 
 PRETRAINING = "--steps 800 --keep 0,100,200,300,400,600"
+PLAIN = "--preset photos --residual_gain 1"        # the rows are older than the preset's gain
 PRESETS = {
     # One core of an AMD EPYC: stage 1 and stage 2 1 min each. 10 steps, guidance 2, seed 9:
     # accuracy .727, random conv 56 (SVG); .253, 26 (VAE with 8 channels).
@@ -74,11 +75,11 @@ PRESETS = {
     # Ten classes at 64 px; as many samples as images are held out.
     # Without a network: --ae with the flags below and --data FOLDER.
     "photos": (photos := dict(
-        ae="--preset photos --steps 700 --gan_start 300", n=500, kept=(300, 600, 1250),
+        ae=f"{PLAIN} --steps 700 --gan_start 300", n=500, kept=(300, 600, 1250),
         dit="--preset photos --dim 192 --depth 4 --heads 6 --steps 1250",
         pretrain="--preset photos --keep 0,400,1200", encoders=(0, 400, 1200))),
-    "photos-plain": photos | dict(ae="--preset photos --steps 700 --gan 0"),
-    "photos-long": photos | dict(ae="--preset photos --steps 1600 --gan_start 800"),
+    "photos-plain": photos | dict(ae=f"{PLAIN} --steps 700 --gan 0"),
+    "photos-long": photos | dict(ae=f"{PLAIN} --steps 1600 --gan_start 800"),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 import sample
 from ae import load_ae
 from data import load_images, shapes, to_float, to_uint8
+from dit import load_dit
 from flow import ab2, euler, guided
 from lab import evidence
 from plumbing import config
@@ -151,12 +152,13 @@ def draw_few(models, path, seed=1, latents=(*evidence.DUO, *evidence.CONTROLS, "
 def draw_parts(run, path):
     """What DINO's tokens and the residual carry, of one generated picture per class: the picture,
     the tokens' and the residual's principal components, and the picture decoded from either of the
-    two, the other at its mean.  run: a folder with ae.pt and dit.pt."""
+    two, the other at its mean.  run: a folder with ae.pt, dit.pt and perhaps dit_1000.pt."""
     model, decoder = sample.load(run, "cpu")
+    weak = load_dit(early) if (early := run / "dit_1000.pt").is_file() else None
     y, (_, autocast) = torch.arange(10), config.setup("cpu")
     noise, R = sample.draw_noise(model, decoder, len(y), 0), decoder.config.residual_dim
     with autocast():
-        z = ab2(guided(model, y, model.classes, 2.0), noise, 10, model.sample_shift)
+        z = ab2(guided(model, y, model.classes, 2.0, weak=weak), noise, 10, model.sample_shift)
         tokens, residual = z.clone(), z.clone()                             # means are zero
         tokens[:, -R:], residual[:, :-R] = 0, 0
         seen, alone, rest = (to_uint8(decoder.decode(x)) for x in (z, tokens, residual))

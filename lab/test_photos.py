@@ -283,7 +283,8 @@ def test_the_decoder_may_get_a_louder_residual(latent):
 def test_the_presets_of_photographs_are_one_run():
     a, d, s = (config.parse(m.Config, m.PRESETS, ["--preset", "photos"]) for m in (ae, dit, sample))
     assert a.out == d.out == s.out == "out/photos" and a.encoder == "photos" and a.size == 64
-    assert d.dim > 128 + a.residual_dim and (s.scale, s.shift, s.columns) == (3, "", 10)
+    assert d.dim > 128 + a.residual_dim and (s.scale, s.shift, s.columns) == (2.5, "", 10)
+    assert [s.weak] == [f"dit_{step}.pt" for step in d.keep]
 
 
 # ---------------------------------------------------------------- the judge
