@@ -136,7 +136,7 @@ def draw_noise(model, ae, n, seed):
 
 @torch.no_grad()
 def generate(model, ae, labels, steps=10, scale=1.0, shift=None, seed=0, sampler=ab2,
-             t_range=(0.0, 1.0), weak=None, batch=250, callback=None, noise=None, precision="auto"):
+             t_range=(0.0, 1.0), batch=250, callback=None, noise=None, precision="auto", weak=None):
     """Draw one image per label -> uint8 (B, 3, S, S) on the CPU.
 
     model, ae: from `load`; labels: int64 (B,), `model.classes` means no class; steps, sampler,
