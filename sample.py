@@ -45,7 +45,7 @@ class Config:
     out: str = field("", "the folder that stage 2 wrote; out/<preset> if empty")
     steps: int = field(10, "sampler steps", also=["nfe"])
     scale: float = field(3.0, "guidance scale; 1: no guidance", also=["guidance", "cfg"])
-    weak: str = field("", "an early state of the DiT, dit_500.pt of `dit.py --keep 500`, to guide "
+    weak: str = field("", "an early state of the DiT, dit_1000.pt of `dit.py --keep 1000`, to guide "
                       "away from; empty: only from no class")
     t_lo: float = field(0.0, "guide from this time on (0 is noise)")
     t_hi: float = field(1.0, "guide up to this time (1 is data)")
@@ -115,7 +115,7 @@ def load(out, device="cpu"):
     return model, load_ae(Path(out) / "ae.pt", device)             # `generate` will refuse it
 
 
-def load_weak(c, folder, ae, device):
+def load_weak(c, folder, device):
     """The early state of the DiT that --weak names, or None; says so if only the preset names it
     and it is not there.  Raises UserError."""
     if not c.weak:
@@ -123,9 +123,7 @@ def load_weak(c, folder, ae, device):
     path = Path(folder) / c.weak
     if not path.is_file() and "weak" not in c.explicit:
         return print(f"guided away from no class only, because there is no {path}")
-    weak = load_dit(path, device)
-    check_pair(weak, ae)
-    return weak
+    return load_dit(path, device)
 
 
 def draw_noise(model, ae, n, seed):
@@ -144,10 +142,11 @@ def generate(model, ae, labels, steps=10, scale=1.0, shift=None, seed=0, sampler
     noise, unless `noise` (B, C, h, w) is given; batch: samples at a time; callback(start, i, t, x)
     gets the states of the samples from `start` on; precision: of the networks.
 
-    Raises ValueError for labels outside 0..classes, UserError if `model` was trained on the latents
-    of another autoencoder.
+    Raises ValueError for labels outside 0..classes, UserError if `model` or `weak` was trained on
+    the latents of another autoencoder.
     """
-    check_pair(model, ae)
+    for trained in (model, weak) if weak else (model,):
+        check_pair(trained, ae)
     labels = torch.as_tensor(labels)
     if not ((labels >= 0) & (labels <= model.classes)).all():
         raise ValueError(f"labels must be in 0..{model.classes}")
@@ -298,7 +297,7 @@ def main(argv=None):
     c = config.parse(Config, PRESETS, argv)
     device, autocast = config.setup(c.device, precision=c.precision)
     model, ae = load(folder := find_run(c), device)
-    weak = load_weak(c, folder, ae, device)
+    weak = load_weak(c, folder, device)
     out, classes = Path(c.out), choose(c.classes, ae.class_names)
     shift = resolve_shift(c.shift, ae) if c.shift else model.sample_shift
     # ---- EXERCISE 3: a function of t ----

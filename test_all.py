@@ -896,6 +896,9 @@ def test_more_steps_kept_steps_and_overwrite(work, tmp_path):
     away = call(sample, *flags, "--weak", "dit_2.pt", cwd=work)
     assert "away from dit_2.pt" in away.stdout and "nfe: 6\n" in away.stdout, away.stderr
     one_line(call(sample, *flags, "--weak", "dit_9.pt", cwd=work), "dit_9.pt", "python dit.py")
+    other = config.load(out / "dit_2.pt") | dict(ae_fingerprint="another")
+    config.save(out / "dit_other.pt", other)
+    one_line(call(sample, *flags, "--weak", "dit_other.pt", cwd=work), "another autoencoder")
     plain = call(sample, *flags, "--preset", "photos", cwd=work)   # which names a dit_1000.pt
     assert "no class only" in plain.stdout and "nfe: 6\n" in plain.stdout, plain.stderr
 
