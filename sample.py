@@ -45,8 +45,8 @@ class Config:
     out: str = field("", "the folder that stage 2 wrote; out/<preset> if empty")
     steps: int = field(10, "sampler steps", also=["nfe"])
     scale: float = field(3.0, "guidance scale; 1: no guidance", also=["guidance", "cfg"])
-    weak: str = field("", "an early state of the DiT, dit_1000.pt of `dit.py --keep 1000`, to guide "
-                      "away from; empty: only from no class")
+    weak: str = field("", "an early state of the DiT, dit_1000.pt of `dit.py --keep 1000`, to "
+                      "guide away from; empty: only from no class")
     t_lo: float = field(0.0, "guide from this time on (0 is noise)")
     t_hi: float = field(1.0, "guide up to this time (1 is data)")
     shift: str = field("", "time shift of the steps, a number or auto; empty: the DiT's own")
