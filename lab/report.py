@@ -61,6 +61,10 @@ class Numbers:
 
     def values(self, table, column, **key):
         """One number per seed, in order of the seeds -> float64 (seeds,), perhaps empty."""
+        return np.array([v for _, v in self.found(table, column, **key)])
+
+    def found(self, table, column, **key):
+        """-> pairs of a row and its value, one for each seed."""
         if table == "generation" and key.get("steps") == "decoded":
             table, column = "latents", column if column == "psnr" else f"decoded_{column}"
         if table == "latents":               # other statistics do not change the reconstruction
@@ -70,7 +74,7 @@ class Numbers:
         end = max((int(r["trained"]) for r in self.rows("generation", **model)), default=0)
         rows = self.rows(table, **dict(trained=end) | key)
         rows.sort(key=lambda r: int(r.get("seed", 0)))
-        return np.array([float(r[column]) for r in rows if r.get(column, "-") != "-"])
+        return [(r, float(r[column])) for r in rows if r.get(column, "-") != "-"]
 
     def cell(self, table, column, digits, **key):
         """'.939 ± .004', or '-' where nothing was measured; no deviation for one seed, or for a
@@ -86,17 +90,19 @@ class Numbers:
         alone = spread is None or not (spread or digits)
         return short(values.mean()) + ("" if alone else f" ± {short(spread)}")
 
-    def note(self, command, table, **key):
-        """The line under a table: how it was measured."""
-        rows = self.rows(table, **key)
-        seeds = sorted({r["seed"] for r in rows if "seed" in r}, key=int)
-        counts = sorted({int(r["n"]) for r in rows if "n" in r})
-        if "preset" in key:
-            command += f" --preset {key['preset']}"
-        several = len(seeds) > 1
-        parts = [f"`python -m lab.evidence {command}`", f"seed{'s' * several} {', '.join(seeds)}",
-                 *(f"n = {n:,}" for n in counts[-1:]),
-                 *["mean ± standard deviation over the seeds"] * several]
+    def note(self, command, preset, cells):
+        """The line under a table: the commands, which ", " separates and which may name their own
+        preset, and the seeds and n of its cells, for each what `found` returns."""
+        seeds = [{r["seed"] for r, _ in pairs if "seed" in r} for pairs in cells if pairs]
+        every = sorted(set().union(*seeds), key=int)
+        counts = sorted({int(r["n"]) for pairs in cells for r, _ in pairs if "n" in r})
+        usual = f" --preset {preset}" if preset else ""
+        commands = [f"`python -m lab.evidence {part}{'' if '--preset' in part else usual}`"
+                    for part in command.split(", ")]
+        spread = "mean ± standard deviation over the seeds"
+        fewer = ", of some cells fewer" if any(len(s) < len(every) for s in seeds) else ""
+        parts = [", ".join(commands), f"seed{'s' * (len(every) > 1)} {', '.join(every)}{fewer}",
+                 *(f"n = {n:,}" for n in counts[-1:]), *[spread] * (len(every) > 1)]
         return f"*{'; '.join(parts)}*"
 
 # ---------------------------------------------------------------- the tables
@@ -135,8 +141,9 @@ class Section(NamedTuple):
 
     def markdown(self, N):
         """-> heading, finding, figures, table, note."""
-        table, key = self.measured
-        note = self.note or N.note(self.command, table, **key)
+        note = self.note or N.note(self.command, self.measured[1].get("preset"), [
+            N.found(table, column, **more | key) for _, key in self.rows
+            if key.get("latent") != "pixels" for _, table, column, _, more in self.columns])
         finding = self.finding if N.preset == "small" else ""     # other rows may say otherwise
         parts = [f"## {self.title}", paragraph(finding)]
         for name, caption in self.figures:
@@ -192,6 +199,8 @@ def speedrun(title, stage, finding):
 
 
 VAE = "vae8"                                  # the VAE of all sections but those of the default
+
+
 def guided(exercises):
     """-> label, rows and columns of a table of results/guided.tsv: its rows of these exercises, of
     which "0" is the default and "-" none."""
@@ -238,6 +247,7 @@ longer = lambda rows: [(f"{name}, longer stage 1", dict(key, preset="photos-long
                        for name, key in rows]
 LONG = longer(DUO)
 FEW_PHOTOS = (1, 2, 3, 5, 10, 25)
+BOTH = "photos, photos_long photos_controls photos_baselines --preset photos-long"     # lengths
 GUIDED = [(f"{w:g}", dict(scale=w)) for w in (1.0, 2.0)]
 PSNR, SSIM = ("PSNR, dB", "latents", "psnr", 2, {}), ("SSIM", "latents", "ssim", 3, {})
 DECODED = (("decoded factors", "latents", "decoded_factors", 2, {}),
@@ -863,7 +873,7 @@ SECTIONS = [
         (PSNR, SSIM, ("kNN, mean token", "latents", "knn", 3, {}), LINEAR,
          *((f"decoded {head}", *column) for head, *column in rulers(steps="decoded")[:5]),
          *scores(", w = 2", scale=2.0)),
-        "photos", "svg", "latents"),
+        BOTH, "svg", "latents"),
     photographs("few steps",
                 FEW_STEPS,
                 "latent | sampler | guidance", *by_steps(DUO), "photos", "vae", steps=3),
@@ -887,7 +897,7 @@ SECTIONS = [
          for name, steps in evidence.SHRUNK]
         + [("effective dimension", "spectra", "effective", 1, {}),
            ("predicted error in the latent, 3 euler steps", "spectra", "error3", 3, {})],
-        "photos", "svg", "shrunk"),
+        BOTH, "svg", "shrunk"),
     photographs(
         "when to train",
         """Logit-normal times, which help on `shapes`, do not help here, after 1,250 steps and one
@@ -983,7 +993,7 @@ SECTIONS = [
          for which, table, key in (("first", "generation", dict(sampler="ab2", scale=2.0)),
                                    ("second", "judges", {}))
          for head, column, digits in (("accuracy", "accuracy", 3), ("Frechet", "frechet", 2))],
-        "photos", "svg", "judges"),
+        BOTH, "svg", "judges"),
     photographs("memorization",
                 """Are samples copies? The fraction of unguided samples that are nearer to their
                 nearest training image, or its mirror image, than half, and than 95 %, of the
