@@ -558,6 +558,7 @@ def train(c):
 def feed(c, device):
     """-> function step -> (images (B, 3, S, S) in [-1, 1], the step's generator); all training
     images uint8; class names."""
+    load_pictures(c, "test")                              # what cannot be read shows now, not later
     images, labels, class_names = load_pictures(c)
     warn_of_few(labels, class_names, c.batch)
     if c.crop == "random":                               # crops come from larger squares
@@ -597,8 +598,9 @@ def announce(c, device, model, count):
         print("warning: the tiny encoder knows only shapes, and its tokens hardly separate classes "
               "of other images; use --encoder photos, or --preset imagenette with a DINOv3")
     if c.data not in DRAWN and not c.gan:
-        print("without a GAN, fine detail of photographs stays blurred; --preset photos --classes "
-              "all added to this command trains with one, and takes longer")
+        print("without a GAN, photographs stay blurred and may show a grid of dots; --preset "
+              "photos --classes all added to this command, and another --out, trains with one for "
+              "longer")
 
 
 @torch.no_grad()
@@ -650,7 +652,10 @@ def evaluate(c, model, autocast, device):
 
 def main(argv=None):
     """The command line."""
-    train(config.parse(Config, PRESETS, argv))
+    c = config.parse(Config, PRESETS, argv)
+    train(c)
+    uniform = c.preset == "shapes" and c.data not in DRAWN      # RESULTS.md, When to train
+    config.follow(c, "dit.py", *["--no-logit_normal"] * uniform)
 
 
 if __name__ == "__main__":

@@ -414,7 +414,9 @@ def preview(path, model, ae, shift, device, autocast):
 
 def main(argv=None):
     """The command line."""
-    train(config.parse(Config, PRESETS, argv))
+    c = config.parse(Config, PRESETS, argv)
+    train(c)
+    config.follow(c, "sample.py", look=f"look at {c.out}/preview.png; ")
 
 
 if __name__ == "__main__":

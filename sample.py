@@ -53,7 +53,8 @@ class Config:
     sampler: str = field("ab2", "euler: first order; ab2: second order at the same cost; heun: "
                          "second order, two evaluations per step", tuple(SAMPLERS))
     seed: int = field(0, "seed of the noise; the noise is the same for any number of steps")
-    classes: str = field("", "comma-separated names or numbers; empty: all, ten at most")
+    classes: str = field("", "of the grids: names or numbers, with commas; empty: all, ten at "
+                       "most; scores are of all")
     columns: int = field(16, "images per class in the grid")
     n: int = field(1000, "samples to score; of photographs at most as many as are held out; 0: "
                    "none", also=["samples"])
@@ -189,8 +190,8 @@ def choose(text, names, flag="--classes"):
 
 
 def balanced_labels(classes, n):
-    """n labels in order, every class equally often (up to a remainder)."""
-    return torch.tensor(classes).repeat_interleave(-(-n // len(classes)))[:n]
+    """n > 0 labels in order, every class equally often (or one more time)."""
+    return torch.tensor(classes)[torch.arange(n) * len(classes) // n]
 
 
 def grid_name(c):
@@ -324,11 +325,11 @@ def show(c, draw, ae, classes, device):
     save_grid(path, images, c.columns)
     print(f"wrote {path}: one row per class: "
           + ", ".join(ae.class_names[k] for k in classes) + f"\nnfe: {nfe:g}")
-    scorer = choose_scorer(c, ae, device)
+    scorer, every = choose_scorer(c, ae, device), range(len(ae.class_names))
     if scorer:
-        print_scores(c, draw, classes, scorer)
+        print_scores(c, draw, every, scorer)
     if c.sweep:
-        sweep(c, draw, classes, scorer)
+        sweep(c, draw, every, scorer, classes)
 
 
 def print_scores(c, draw, classes, scorer):
@@ -342,11 +343,11 @@ def print_scores(c, draw, classes, scorer):
             print(f"{name}_{SCORES[key]}: {row[key]:.3f}")
 
 
-def sweep(c, draw, classes, scorer):
-    """sweep.png: one row per number of steps, from the same noise.  sweep.tsv, if there is a
-    scorer: scores with and without guidance."""
-    out = Path(c.out)
-    labels = torch.tensor(classes).repeat_interleave(max(1, 20 // len(classes)))
+def sweep(c, draw, classes, scorer, shown=None):
+    """sweep.png: one row per number of steps, from the same noise, of the classes `shown`, or all.
+    sweep.tsv, if there is a scorer: scores with and without guidance."""
+    out, shown = Path(c.out), shown or classes
+    labels = torch.tensor(shown).repeat_interleave(max(1, 20 // len(shown)))
     rows = torch.cat([draw(labels, steps=steps)[0] for steps in c.sweep])
     save_grid(out / "sweep.png", rows, len(labels))
     print(f"wrote {out / 'sweep.png'}: one row per number of steps")
@@ -358,11 +359,11 @@ def sweep(c, draw, classes, scorer):
         for scale in dict.fromkeys((1.0, c.scale)):
             images, _, nfe = draw(labels, steps=steps, scale=scale)
             row = scorer(images, labels)
-            shown = [k for k in ("accuracy", "frechet", "conv", "recall") if k in row]
-            found = "\t".join(f"{row[k]:.4f}" for k in shown)
+            keys = [k for k in ("accuracy", "frechet", "conv", "recall") if k in row]
+            found = "\t".join(f"{row[k]:.4f}" for k in keys)
             lines.append(f"{steps}\t{scale:g}\t{nfe:g}\t{found}\t{c.n}\t{c.seed}\t"
                          f"{draw.keywords['shift']:g}")
-    header = "\t".join(["steps", "scale", "nfe", *shown, "n", "seed", "shift"])
+    header = "\t".join(["steps", "scale", "nfe", *keys, "n", "seed", "shift"])
     text = "\n".join([header, *lines]) + "\n"
     config.atomic(out / "sweep.tsv", lambda path: Path(path).write_text(text))
     print(f"wrote {out / 'sweep.tsv'}:\n{text.expandtabs(10)}", end="")

@@ -1229,7 +1229,8 @@ def test_classes_are_chosen_by_name_or_number():
     for text in ("bird", "12", "-1", "cat,,dog"):
         with pytest.raises(config.UserError, match="--classes .*cat, dog"):
             sample.choose(text, names)
-    assert sample.balanced_labels([4, 7, 2], 7).tolist() == [4, 4, 4, 7, 7, 7, 2]
+    assert sample.balanced_labels([4, 7, 2], 7).tolist() == [4, 4, 4, 7, 7, 2, 2]
+    assert len(set(sample.balanced_labels(range(180), 500).tolist())) == 180
 
 
 @pytest.mark.parametrize("flags, word", [

@@ -636,7 +636,7 @@ def samples(c, latent, dit, seed, steps=10, scale=1.0, shift="-", sampler="ab2",
     model, decoder = sample.load(folder, "cpu")
     if trained not in (None, model.step):
         model = load_dit(folder / f"dit_{trained}.pt")
-    labels = sample.balanced_labels(list(range(model.classes)), c.n)
+    labels = sample.balanced_labels(range(model.classes), c.n)
     shift = None if shift == "-" else resolve_shift(shift, decoder)
     return sample.generate(model, decoder, labels, steps, scale, shift, seed,
                            sample.SAMPLERS[sampler]), labels, decoder
@@ -670,7 +670,7 @@ def measure_guided(c, latent, exercise, away_from, scale, steps, sampler, seed):
     model, decoder = sample.load(folder, "cpu")
     nearest = lambda step: min(c.kept, key=lambda k: abs(k - step))
     kept = functools.cache(lambda step: load_dit(folder / f"dit_{nearest(step)}.pt"))
-    y = sample.balanced_labels(list(range(model.classes)), c.n)
+    y = sample.balanced_labels(range(model.classes), c.n)
     none, (_, autocast) = torch.full_like(y, model.classes), config.setup("cpu")
 
     def velocity(x, t):

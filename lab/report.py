@@ -247,7 +247,8 @@ longer = lambda rows: [(f"{name}, longer stage 1", dict(key, preset="photos-long
                        for name, key in rows]
 LONG = longer(DUO)
 FEW_PHOTOS = (1, 2, 3, 5, 10, 25)
-BOTH = "photos, photos_long photos_controls photos_baselines --preset photos-long"     # of stage 1, short and long
+# stage 1, short and long
+BOTH = "photos, photos_long photos_controls photos_baselines --preset photos-long"
 GUIDED = [(f"{w:g}", dict(scale=w)) for w in (1.0, 2.0)]
 PSNR, SSIM = ("PSNR, dB", "latents", "psnr", 2, {}), ("SSIM", "latents", "ssim", 3, {})
 DECODED = (("decoded factors", "latents", "decoded_factors", 2, {}),

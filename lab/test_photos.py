@@ -439,7 +439,7 @@ def test_photographs_are_scored_by_what_needs_no_training_and_by_a_judge(scene, 
     capsys.readouterr()
     scorer = sample.choose_scorer(c, made, "cpu")
     assert capsys.readouterr().out == "not scored: factors, known only of shapes\n"
-    sample.sweep(c, draw, [0, 1, 2], scorer)
+    sample.sweep(c, draw, [0, 1, 2], scorer, [1])
     table = [line.split("\t") for line in open(f"{c.out}/sweep.tsv").read().splitlines()]
     assert table[0] == "steps scale nfe accuracy frechet conv recall n seed shift".split()
     assert len(table) == 5 and all(row[3] == "1.0000" and row[7] == "60" for row in table[1:])

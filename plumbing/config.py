@@ -3,8 +3,8 @@
 Nothing here knows about images, latents or models.  A stage declares its flags as the fields of one
 dataclass; `field(default, "help")` gives a flag its text in `--help`.
 """
-import argparse, contextlib, dataclasses, difflib, functools, hashlib, math, os, re, signal, sys
-import time, warnings
+import argparse, contextlib, dataclasses, difflib, functools, hashlib, math, os, re, shlex, signal
+import sys, time, warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -140,6 +140,14 @@ def flags(config):
     show = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value
     given = " ".join(f"--{k} {show(getattr(config, k))}" for k in config.explicit)
     return f"flags: {given or 'none besides the preset'}"
+
+
+def follow(config, script, *more, look=""):
+    """Print what to look at and the command of the next stage, with the same --preset and --out."""
+    same = [*("--preset", config.preset) * (config.preset != "shapes"),
+            *("--out", config.out) * ("out" in config.explicit)]
+    if rank() == 0:
+        print(f"{look}next: `{shlex.join(['python', script, *map(str, same), *more])}`")
 
 
 @contextlib.contextmanager

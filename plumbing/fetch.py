@@ -275,6 +275,8 @@ def _extract(archive, part, most_bytes):
     for name, size, plain, extract in tqdm(members(archive, part), f"unpacking {archive.name}",
                                            unit=" files"):
         parts = name.replace("\\", "/").split("/")
+        if parts[0] == "__MACOSX":                         # macOS adds it: no images, only metadata
+            continue
         if not parts[0] or ".." in parts or not plain:
             raise UserError(f"{archive}: {name!r} is a link or device, or would land outside the "
                             "folder; refused")

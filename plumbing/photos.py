@@ -67,6 +67,7 @@ def find_folder(name):
 # ---------------------------------------------------------------- listing
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+OTHERS = {".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".nef", ".arw"}     # left out
 SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test")}
 HELD_OUT = 10                  # every tenth image of a class, if there is no test folder
 
@@ -233,10 +234,14 @@ def decode_folder(root, paths, labels, names, size, out):
     """Decode what `list_folder` found in `root` into the file `out` (.npy): uint8 (M, 3, size,
     size), which appears complete or not at all; -> the labels of the M images.
 
-    Files that cannot be read are named and skipped; UserError if they are more than 1 % of all, or
-    all of a class.
+    Files that cannot be read are named and skipped; UserError if they are more than one and 1 % of
+    all, or all of a class.
     """
     kept, bad = [], []
+    ends = (path.suffix.lower() for path in Path(root).expanduser().rglob("*"))
+    if left := [end for end in ends if end in OTHERS]:
+        print(f"{root}: {len(left)} files are left out ({', '.join(sorted(set(left)))}); convert "
+              "them to JPEG")
 
     def header(file, count):                                 # numpy leaves room for any count
         file.seek(0)
@@ -253,7 +258,7 @@ def decode_folder(root, paths, labels, names, size, out):
                     continue
                 bad.append(result)
                 tqdm.write(f"skipped {result}")
-                if len(bad) > 0.01 * len(paths):
+                if len(bad) > max(1, 0.01 * len(paths)):
                     raise UserError(f"--data {root}: more than 1 % of the {len(paths)} images "
                                     f"cannot be read, the first: {bad[0]}")
             header(file, len(kept))

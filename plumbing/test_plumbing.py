@@ -248,7 +248,8 @@ def zipped(path, *members):
 
 def test_a_zip_file_is_unpacked_with_the_same_care(tmp_path):
     path, out, good = tmp_path / "x.zip", tmp_path / "out", ("top/a", b"hello")
-    whole = zipped(path, good, ("top/b/", b""), ("top/b/c", b"xx" * 50))
+    whole = zipped(path, good, ("top/b/", b""), ("top/b/c", b"xx" * 50),
+                   ("__MACOSX/top/._a", b"xx"))
     lies = zipped(path, good, ("big", b"0" * 50_000))
     lies = lies.replace(struct.pack("<I", 50_000), struct.pack("<I", 10))     # its stated size
     for word, bad in [("damaged", whole[:-20]), ("damaged", whole[:4]), ("damaged", lies),
@@ -469,12 +470,18 @@ def test_unreadable_images_are_named_and_more_than_one_percent_stop(tmp_path, ca
     odd = os.fsdecode(b"\xe9") if sys.platform == "linux" else "\u00e9"        # not UTF-8
     for i in range(200):                                          # and PNG, whatever the name says
         (a / f"{odd}{i:03}.jpg").write_bytes(jpeg(i, "PNG") if i else b"text")
+    (a / "0.HEIC").touch()
     x, y, _ = decoded(a.parent, tmp_path)
     assert len(x) == len(y) == 179 and x[0].max() == 1 and x[-1].min() == 198
     out = capsys.readouterr().out
     assert photos.printable(odd) + "000.jpg: Unid" in out and "skipped 1 of 180" in out
+    assert "1 files are left out (.heic)" in out
     (a / f"{odd}001.jpg").write_bytes(b"")
     refuses("more than 1 %", "000.jpg", call=decoded, root=a.parent, out=tmp_path)
+    for i in range(20, 200):                                      # one bad image does not stop
+        (a / f"{odd}{i:03}.jpg").unlink()
+    (a / f"{odd}001.jpg").write_bytes(jpeg(1))
+    assert len(decoded(a.parent, tmp_path)[0]) == 17
     (a / f"{odd}000.jpg").unlink(), (a / f"{odd}001.jpg").unlink(), b.mkdir()
     (b / "0.png").touch(), (b / "1.png").touch()                  # all that one class has is bad
     refuses("no image of b", call=decoded, root=a.parent, out=tmp_path)
@@ -533,6 +540,25 @@ def test_a_sweep_without_scores_says_so(tmp_path, capsys):
     blank = lambda labels, steps: (torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8), 0, 0)
     sample.sweep(sample.Config(out=str(tmp_path), sweep=(1, 2)), blank, [0, 1], None)
     assert "no sweep.tsv" in capsys.readouterr().out and left(tmp_path) == ["sweep.png"]
+
+
+@pytest.mark.parametrize("text", ["", "1"])
+def test_scores_are_of_every_class_and_the_grid_of_ten_or_those_chosen(text, tmp_path, monkeypatch):
+    asked, blank = [], torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+
+    def draw(labels, steps=10, scale=1.0):
+        asked.append(labels.unique().tolist())
+        return blank.expand(len(labels), -1, -1, -1), 1.0, steps
+    draw.keywords = dict(shift=1.0)
+    scores = dict.fromkeys(sample.SCORES, 0.5)
+    scorer = lambda images, labels: scores
+    scorer.floors = lambda n: (scores, scores)
+    monkeypatch.setattr(sample, "choose_scorer", lambda *_: scorer)
+    c = sample.Config(out=str(tmp_path), sweep=(2,), n=24, classes=text, scale=1.0)
+    names, grid = [f"class {k}" for k in range(12)], [1] if text else [*range(10)]
+    made = types.SimpleNamespace(class_names=names)
+    sample.show(c, draw, made, sample.choose(text, names), "cpu")
+    assert asked == [grid, [*range(12)], grid, [*range(12)]]
 
 
 def test_small_data_sets_are_warned_of_in_one_line(capsys):
