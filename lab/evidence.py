@@ -132,7 +132,7 @@ PHOTOS = (*itertools.product(("euler",), (1, 2, 3, 5, 10, 25), (1.0,)),
           *itertools.product(("ab2",), (2, 3, 5, 10, 25), (1.0,)),
           *itertools.product(("ab2",), (3, 10, 25), (2.0,)))
 LONGER = (*itertools.product(("euler",), (1, 2, 3, 5, 10, 25), (1.0,)),
-          *itertools.product(("ab2",), (3, 10), (1.0, 2.0)))
+          *itertools.product(("ab2",), (3, 10, 25), (1.0, 2.0)))
 HEADLINE = tuple((sampler, steps, scale) for sampler in ("ab2", "euler")
                  for steps, scale in ((3, 1.0), (3, 2.0), (5, 3.0), (10, 1.0), (10, 3.0)))
 
