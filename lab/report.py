@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lab import evidence, maps
+from lab import evidence, maps, standin
 from plumbing import config
 from plumbing.config import UserError, field
 from plumbing.draw import GRAY, Canvas, chart
@@ -48,9 +48,8 @@ class Numbers:
         self.preset = preset
         speedrun = evidence.Table(folder, "speedrun", "stage change steps batch", "cpu_seconds "
                                   "psnr accuracy frechet conv")
-        standin = evidence.Table(folder, "standin", "stage", "taken batch before after seconds "
-                                 "gigabytes")
-        self.files = evidence.tables(folder) | dict(speedrun=speedrun, standin=standin)
+        self.files = evidence.tables(folder) | dict(speedrun=speedrun,
+                                                    standin=standin.table(folder))
         self.tables = {name: t.rows() for name, t in self.files.items()}
 
     def rows(self, table, **key):
@@ -1020,9 +1019,8 @@ SECTIONS = [
             ("of the last", "after", 3), ("seconds per step", "seconds", 1),
             ("memory, GB", "gigabytes", 1))),
         "", ("standin", {}),
-        note="*`python ae.py --preset imagenette --batch 2`, `python dit.py --preset imagenette "
-             "--no-cache --batch 4`, with the data, steps and weights above, from a throw-away "
-             "script that was not kept; one core of an AMD EPYC, shared, bfloat16, seed 0.*"),
+        note="*`python -m lab.standin --stage ae --steps 12 --batch 2`, `... --stage dit --steps "
+             "20 --batch 4`; one shared core of an AMD EPYC, bfloat16, seed 0.*"),
 ]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 import ae, dit, metrics, sample
 from data import SHAPES_SPLITS, load_images
 from dino import DINOv3, PatchEmbed, ViTConfig, load_dino, rebuild
-from lab import evidence, judge, pretrain
+from lab import evidence, judge, pretrain, standin
 from plumbing import config, weights
 from plumbing.testing import call, one_line
 from plumbing.weights import TINY
@@ -477,3 +477,22 @@ def test_when_nothing_is_scored_it_says_why(change, words, scene, capsys, monkey
     assert sample.choose_scorer(c, made, "cpu") is None
     out = capsys.readouterr().out
     assert out.startswith("nothing is scored: ") and words in out and out.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_stand_in_measures_both_stages(photos, tmp_path, monkeypatch):
+    """The presets are the smallest here; the command, the random weights and the row are real."""
+    monkeypatch.setitem(standin.SIZES, "vits16plus", ViTConfig(dim=64, depth=1, heads=2, patch=8))
+    for module in ae, dit:
+        monkeypatch.setitem(module.PRESETS, "imagenette", module.PRESETS["debug"])
+    monkeypatch.setattr(ae, "load_lpips", None)                         # never the published one
+    flags = ["--data", photos, "--classes", "all", "--size", 32, "--images", 10, "--out",
+             tmp_path / "run", "--results", tmp_path, "--steps", 3]
+    for stage in "ae", "dit":
+        standin.main([*map(str, flags), "--stage", stage])
+    rows = standin.table(tmp_path).rows()
+    assert [(r["stage"], r["taken"]) for r in rows] == [("ae", "3"), ("dit", "3")]
+    losses = (tmp_path / "run/ae.tsv").read_text().splitlines()
+    assert [float(r["before"]) for r in rows][0] == float(losses[1].split("\t")[1])
+    assert all(float(r["seconds"]) > 0 and 0.1 < float(r["gigabytes"]) < 100 for r in rows)
+    assert ae.load_ae(tmp_path / "run/ae.pt").config.images == 10
