@@ -44,7 +44,7 @@ class Config:
 
 
 def table(folder):
-    """results/standin.tsv; before, after: L1 of stage 1 or the loss of stage 2, first, last step."""
+    """results/standin.tsv; before, after: L1 of stage 1, the loss of stage 2, first and last."""
     return Table(folder, "standin", "stage device taken batch", "before after seconds gigabytes")
 
 
