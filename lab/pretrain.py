@@ -35,7 +35,8 @@ and on 1,000 of 20 other classes, which it was not trained on:
 
 The same steps on 45,000 images of 170 classes (68.8 minutes of one shared core) give an encoder
 that knows ten classes which neither has seen no better, .692 / .760 against .708 / .756 on 500
-images (pixels .398), and the ten classes above less well, .758 / .820.  So it does not ship.
+images (pixels .398), and the ten classes above less well, .758 / .820.  Its pictures of the new
+classes are not better either (RESULTS.md, Photographs: which encoder).  So it does not ship.
 
 Muon made the largest difference.  kNN and linear probe after 250 steps (3.6 to 4.3 minutes, one
 seed):
