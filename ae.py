@@ -623,6 +623,11 @@ def measure_statistics(model, images, autocast, device, scalar=False, most=5000)
     model.std.copy_((square - mean.square()).clamp(min=1e-8).sqrt().view(-1, 1, 1))
 
 
+def at_once(size):
+    """How many images of that side to decode together: 250 up to 64 px, 15 at 256 px."""
+    return max(1, 250 * 64 ** 2 // max(64, size) ** 2)
+
+
 @torch.no_grad()
 def reconstruct(c, model, autocast, device, most=64):
     """At most so many held-out images and their reconstructions, (n, 3, S, S) each; writes 64 of
@@ -631,7 +636,7 @@ def reconstruct(c, model, autocast, device, most=64):
     x = to_float(held, evenly(len(held), most), None, device)
     model.eval()
     with autocast():
-        y = torch.cat([model.decode(model.encode(part)) for part in x.split(250)])
+        y = torch.cat([model.decode(model.encode(part)) for part in x.split(at_once(c.size))])
     model.train(training)
     few = evenly(len(x), 64)
     pairs = torch.stack([x[few], y[few]], 1).flatten(0, 1)         # image, reconstruction, ...

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ae import load_ae
+from ae import at_once, load_ae
 from data import DRAWN, evenly, load_images, to_float, to_uint8
 from dit import check_pair, check_shift, load_dit, resolve_shift
 from flow import ab2, euler, guided, heun, times
@@ -251,11 +251,11 @@ class Scorer(Rulers):
     def floors(self, n):
         """What perfect samples would score: n held-out images -> their scores after a pass through
         the autoencoder, and without it."""
-        held, labels = self.real_images("test", n)
+        (held, labels), step = self.real_images("test", n), at_once(self.ae.image_size)
         with self.autocast():
             decoded = torch.cat([to_uint8(self.ae.decode(self.ae.encode(
-                to_float(held.numpy(), slice(i, i + 250), None, self.device))))
-                for i in range(0, len(held), 250)])
+                to_float(held.numpy(), slice(i, i + step), None, self.device))))
+                for i in range(0, len(held), step)])
         return self(decoded, labels), self(held, labels)
 
 

@@ -322,7 +322,7 @@ the models of the tables shrank. (1) fails: after 1,600 steps of stage 1 DINO's 
 ahead of SVG in Frechet with 2 and 3 steps, and in random conv with 5 too (one seed); a residual
 that is not matched (one seed) is level with SVG in Frechet and ahead in random conv, in which the
 encoder of shapes (one seed) is level. Against VAEs (1) holds in Frechet without the GAN (one seed)
-and after 1,600 steps with it (three seeds; one of VA-VAE and REPA), but not after 700 (three seeds),
+and after 1,600 steps with it (three seeds; one of VA-VAE and REPA), but not after 700 (three),
 where the VAE is ahead at 3 and 5 steps; in random conv it holds but for 5 steps without the GAN.
 (2) holds wherever SVG leads in Frechet. (3) holds (three seeds): the excess of random weights is 40
 %, the VAE's 140 %, and the accuracy with ten Euler steps is .409 against .566; against a VAE with

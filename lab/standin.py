@@ -11,7 +11,7 @@ quality.
 
 Adds a row to results/standin.tsv.
 """
-import resource, sys, time
+import sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,7 @@ def gigabytes(device):
     """The most memory that was used at once: of the GPU, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource                                                  # Windows has no such module
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -496,3 +496,5 @@ def test_the_stand_in_measures_both_stages(photos, tmp_path, monkeypatch):
     assert [float(r["before"]) for r in rows][0] == float(losses[1].split("\t")[1])
     assert all(float(r["seconds"]) > 0 and 0.1 < float(r["gigabytes"]) < 100 for r in rows)
     assert ae.load_ae(tmp_path / "run/ae.pt").config.images == 10
+    # 250 images of 256 px at once took more than 20 GB when they were decoded
+    assert [ae.at_once(size) for size in (32, 64, 256, 4096)] == [250, 250, 15, 1]
