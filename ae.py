@@ -649,9 +649,11 @@ def evaluate(c, model, autocast, device):
     model.eval()
     if config.rank() == 0:                               # one process writes
         x, y = reconstruct(c, model, autocast, device, 2000)
+        pairs = [*zip(x.split(at_once(c.size)), y.split(at_once(c.size)))]
+        mean = lambda score: torch.cat([score(*pair) for pair in pairs]).mean()
         print(f"wrote {Path(c.out) / 'reconstructions.png'}: each held-out image next to its "
               f"reconstruction\nreconstruction of {len(x)} held-out images, seed {c.seed}:\n"
-              f"psnr_db: {psnr(x, y).mean():.2f}\nssim: {ssim(x, y).mean():.3f}")
+              f"psnr_db: {mean(psnr):.2f}\nssim: {mean(ssim):.3f}")
     return model
 
 
