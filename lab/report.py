@@ -479,9 +479,9 @@ Reconstructions are level: accuracy .662 from both, Frechet 3.74 (the shipped en
 .784 and 3.58 against .760 and 4.12, the other in random conv and recall, 47.8 and .770 against 55.7
 and .708. Without guidance they have .470, 5.20, 29.6, .730 and .478, 5.81, 21.2, .758; with 2.5
 away from an early state of the DiT .716, 5.87, 207.9, .808 and .756, 5.69, 134.0, .850. The
-vision-language model, asked as above, named 5, 5 and 6 of ten classes in the pictures of the
-shipped encoder, 3, 6 and 4 in those of the other, each time few images on their own: models this
-small do not show objects. So the pictures do not tell the two apart, nor do their kNN and probe on
+vision-language model, asked as above, twice about pictures with the early state and once about some
+without, named 5, 5 and 6 of ten classes of the shipped encoder's, 3, 6 and 4 of the other's, and
+recognized few images on their own: models this small do not show objects. So the pictures do not tell the two apart, nor do their kNN and probe on
 the new classes (`lab/pretrain.py`), and the one that knows the default's classes better ships.
 
 ![unseen](assets/unseen.png)
@@ -1061,7 +1061,7 @@ SECTIONS = [
                   ("2: DiT-B, without a cache; flow matching", dict(stage="dit"))],
         tuple((head, "standin", column, digits, {}) for head, column, digits in (
             ("steps", "taken", 0), ("batch", "batch", 0), ("loss of the first step", "before", 3),
-            ("of the last", "after", 3), ("seconds per step", "seconds", 1),
+            ("of the last", "after", 3), ("seconds per later step", "seconds", 1),
             ("memory, GB", "gigabytes", 1))),
         "", ("standin", {}),
         note="*`python -m lab.standin --stage ae --steps 12 --batch 2`, `... --stage dit --steps "
