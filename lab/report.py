@@ -481,8 +481,9 @@ and .708. Without guidance they have .470, 5.20, 29.6, .730 and .478, 5.81, 21.2
 away from an early state of the DiT .716, 5.87, 207.9, .808 and .756, 5.69, 134.0, .850. The
 vision-language model, asked as above, twice about pictures with the early state and once about some
 without, named 5, 5 and 6 of ten classes of the shipped encoder's, 3, 6 and 4 of the other's, and
-recognized few images on their own: models this small do not show objects. So the pictures do not tell the two apart, nor do their kNN and probe on
-the new classes (`lab/pretrain.py`), and the one that knows the default's classes better ships.
+recognized few images on their own: models this small do not show objects. So the pictures do not
+tell the two apart, nor do their kNN and probe on the new classes (`lab/pretrain.py`), and the one
+that knows the default's classes better ships.
 
 ![unseen](assets/unseen.png)
 
