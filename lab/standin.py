@@ -5,7 +5,7 @@ in their published layouts, and ten classes of Tiny ImageNet are enlarged to 256
 that both stages run at these sizes, that their losses fall, and what they cost; nothing about
 quality.
 
-    python -m lab.standin --stage ae --steps 12 --batch 2      # a shared CPU core: 15 min
+    python -m lab.standin --stage ae --steps 12 --batch 2      # a shared CPU core: 12-18 min
     python -m lab.standin --stage dit --steps 20 --batch 4     # 4 min; after the first
     python -m lab.standin --stage ae --steps 300 --batch 32    # on a GPU; not run
 
