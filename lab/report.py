@@ -322,14 +322,14 @@ the models of the tables shrank. (1) fails: after 1,600 steps of stage 1 (three 
 alone are ahead of SVG in random conv with 2, 3 and 5 steps and in Frechet with 2 and 3, and a
 residual that is not matched is ahead in both with all three, in Frechet by less than the
 deviations. Against VAEs (1) holds in Frechet without the GAN (one seed) and after 1,600 steps with
-it (three seeds; two of VA-VAE and REPA), but not after 700 (three), where the VAE is ahead at 3 and
-5 steps; in random conv it holds but for 5 steps without the GAN. (2) holds wherever SVG leads in
-Frechet. (3) holds: the excess of random weights is 40 %, the VAE's 140 %, and the accuracy with ten
-Euler steps is .409 against .566; against a VAE with 112 channels, 61 %, it would fail. (4) holds
-for reconstructions; the random conv of samples is the highest with ten guided steps, 42.5, and the
+it (three seeds; two of REPA), but not after 700 (three), where the VAE is ahead at 3 and 5 steps;
+in random conv it holds but for 5 steps without the GAN. (2) holds wherever SVG leads in Frechet.
+(3) holds: the excess of random weights is 40 %, the VAE's 140 %, and the accuracy with ten Euler
+steps is .409 against .566; against a VAE with 112 channels, 61 %, it would fail. (4) holds for
+reconstructions; the random conv of samples is the highest with ten guided steps, 42.5, and the
 lowest with three Euler steps. (5) fails: the gap in accuracy to lie in is as small as the
-deviations. With ten guided steps the VAE has .801, REPA .787, VA-VAE .799, SVG .825; without
-guidance, with ten Euler steps, .555, .558, .579, .566.
+deviations. With ten guided steps the VAE has .801, REPA .787, VA-VAE .802, SVG .825; without
+guidance, with ten Euler steps, .555, .558, .567, .566.
 """
 
 PHOTOGRAPHS = """
@@ -427,22 +427,22 @@ with ab2; its recall is lower. Guided steps of ab2 beyond ten (25; one seed) cha
 """
 CONTROLLED = """
 SVG on an encoder with random weights and on that of `shapes`, a VAE with 112 channels (KL weight
-1e-5, not 1e-4), DINO's tokens without the residual; three seeds, two of VA-VAE and REPA; all with
-the same perceptual network. Three Euler steps are 140 % above 25 in Frechet on the VAE with 16
-channels, 61 % on that with 112 (9.18, 5.70), 58 % on the encoder of shapes (8.42, 5.35; 112), 40 %
-on random weights (9.31, 6.64; 144), 33 % on SVG (144), 8 % on DINO's tokens (6.55, 6.07; 128). So
-most of the gain over the narrow VAE needs no frozen encoder; DINO's tokens alone gain more, and the
-residual takes some of it back. How good the samples are is another matter: SVG has the lowest
-Frechet distance of these with five and ten Euler steps, and with ten guided steps of ab2, 3.33; the
-VAE with 16 channels follows with 3.94, the encoder of shapes with 3.96, the wide VAE and DINO's
-tokens with 4.12 and 4.27. Between encoders, semantics help there: random weights have 5.11 and an
-accuracy of .613, the encoder of shapes .716, SVG .825. In random conv the wide VAE, 20.9, is ahead
-there, and DINO's tokens are last, 42.5. A residual that is not matched is level with SVG in quality
-and needs no more steps: three Euler steps are 21 % above 25 (6.50, 5.36), and with ten guided steps
+1e-5, not 1e-4), DINO's tokens without the residual; three seeds, two of REPA; all with the same
+perceptual network. Three Euler steps are 140 % above 25 in Frechet on the VAE with 16 channels,
+61 % on that with 112 (9.18, 5.70), 58 % on the encoder of shapes (8.42, 5.35; 112), 40 % on random
+weights (9.31, 6.64; 144), 33 % on SVG (144), 8 % on DINO's tokens (6.55, 6.07; 128). So most of the
+gain over the narrow VAE needs no frozen encoder; DINO's tokens alone gain more, and the residual
+takes some of it back. How good the samples are is another matter: SVG has the lowest Frechet
+distance of these with five and ten Euler steps, and with ten guided steps of ab2, 3.33; the VAE
+with 16 channels follows with 3.94, the encoder of shapes with 3.96, the wide VAE and DINO's tokens
+with 4.12 and 4.27. Between encoders, semantics help there: random weights have 5.11 and an accuracy
+of .613, the encoder of shapes .716, SVG .825. In random conv the wide VAE, 20.9, is ahead there,
+and DINO's tokens are last, 42.5. A residual that is not matched is level with SVG in quality and
+needs no more steps: three Euler steps are 21 % above 25 (6.50, 5.36), and with ten guided steps
 Frechet is 3.76 (4.49, 2.99, 3.79) and accuracy .821; each channel of the latent is normalized
-anyway. Aligning the VAE to the same encoder changes little: three Euler steps are 125 % above 25 on
-VA-VAE (11.13, 4.95), 130 % with REPA (11.59, 5.04), and with ten guided steps Frechet is 3.78 and
-4.03, accuracy .799 and .787.
+anyway. Aligning the VAE to the same encoder changes little: three Euler steps are 137 % above 25 on
+VA-VAE (11.63, 4.90), 130 % with REPA (11.59, 5.04), and with ten guided steps Frechet is 3.78 and
+4.03, accuracy .802 and .787.
 """
 TUNED = """
 One seed. In 16 channels a ten times smaller KL weight changes little: 20.65 dB against 20.31, and
@@ -920,7 +920,7 @@ SECTIONS = [
         VAE 48 %; in random conv both rise by a factor of 13 to 14. After 1,600 steps they cost SVG
         81 % (4.90, 2.71), the VAE 239 % (8.89, 2.62), SVG on random weights 85 % (2.67, 1.44), the
         VAE with 112 channels 110 % (3.20, 1.52), SVG on the encoder of shapes 140 % (3.91, 1.63),
-        VA-VAE 220 % (8.63, 2.70), DINO's tokens without the residual 24 % (4.76, 3.84), SVG
+        VA-VAE 244 % (8.85, 2.57), DINO's tokens without the residual 24 % (4.76, 3.84), SVG
         without matching 62 % (4.42, 2.73). So the gain is there without a DiT. In
         Gaussian latents with the same variances three steps would cost nearly the same for all, .21
         to .24 of the variance within the classes at the best shift; what differs is what the
