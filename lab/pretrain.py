@@ -46,7 +46,7 @@ seed):
     Muon .02, all 180 classes of a      .600 / .708
     subset of Tiny ImageNet
 """
-import copy, math, sys, time
+import copy, math, shlex, sys, time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -399,7 +399,8 @@ def write(c, path, ema, minutes):
     config.save(path, dict(
         kind="dino", version=config.VERSION, config=vars(ema.config), model=half,
         pretraining=config.plain(c), minutes=minutes, measured=found,
-        command=f"python -m lab.pretrain --preset {c.preset}; {config.flags(c)}"))
+        command=shlex.join(["python", "-m", "lab.pretrain", "--preset", c.preset,
+                            *config.given(c)])))
     print(f"minutes: {minutes:.1f}\nwrote {path}: {path.stat().st_size / 1e6:.2f} MB")
 
 

@@ -1,5 +1,5 @@
 """Tests of photographs: their encoder, their judge, their scores.  The images are made here."""
-import math
+import math, shlex
 from functools import partial
 from types import SimpleNamespace
 
@@ -113,7 +113,10 @@ def test_an_encoder_of_photographs_is_written_with_what_it_knows(muon, photos, t
     assert saved["measured"]["knn_pixels"] > 0.9 and saved["pretraining"]["note"] == "for tests"
     again = call(pretrain, "--measure", "whole/dino_photos.pt", "--data", photos, cwd=tmp_path)
     assert again.stdout in result.stdout and again.stdout.count("\n") == 4
-    assert saved["minutes"] > 0 and "--stem 8" in saved["command"]
+    words = shlex.split(saved["command"])
+    same = config.parse(pretrain.Config, pretrain.PRESETS, words[3:])
+    assert words[:3] == ["python", "-m", "lab.pretrain"] and saved["minutes"] > 0
+    assert config.plain(same) == saved["pretraining"]
     assert saved["model"]["norm.weight"].dtype == torch.float16
 
     real, parts = config.save, [*flags, "--out", "parts", "--save_every", "3"]

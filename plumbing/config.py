@@ -135,11 +135,22 @@ def plain(config):
     return {k: v for k, v in vars(config).items() if k != "explicit"}
 
 
+def given(config):
+    """['--steps', '100', '--no-decay']: the explicit flags, as a command line takes them."""
+    words = []
+    for name in config.explicit:
+        value = getattr(config, name)
+        if isinstance(value, bool):
+            words += [f"--{name}" if value else f"--no-{name}"]
+        else:
+            words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple)
+                      else str(value)]
+    return words
+
+
 def flags(config):
     """'flags: --steps 100': the explicit flags, for the first lines of a run's output."""
-    show = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value
-    given = " ".join(f"--{k} {show(getattr(config, k))}" for k in config.explicit)
-    return f"flags: {given or 'none besides the preset'}"
+    return f"flags: {shlex.join(given(config)) or 'none besides the preset'}"
 
 
 def follow(config, script, *more, look=""):

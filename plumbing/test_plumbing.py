@@ -60,10 +60,11 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
 
 
 def test_parse_flag_over_preset_over_default():
-    c = config.parse(dit.Config, dit.PRESETS, "--preset debug --steps 7 --keep 2,3".split())
+    flags = "--preset debug --steps 7 --keep 2,3 --no-decay"
+    c = config.parse(dit.Config, dit.PRESETS, flags.split())
     assert (c.steps, c.batch, c.out, c.seed) == (7, 32, "out/debug", 0)
-    assert c.explicit == ["keep", "steps"] and c.keep == (2, 3)
-    assert config.flags(c) == "flags: --keep 2,3 --steps 7"
+    assert c.explicit == ["decay", "keep", "steps"] and c.keep == (2, 3)
+    assert config.flags(c) == "flags: --no-decay --keep 2,3 --steps 7"
 
 
 @pytest.mark.parametrize("module, flags, word", [
