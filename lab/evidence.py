@@ -80,6 +80,8 @@ PRESETS = {
         pretrain="--preset photos --keep 0,400,1200", encoders=(0, 400, 1200))),
     "photos-plain": photos | dict(ae=f"{PLAIN} --steps 700 --gan 0"),
     "photos-long": photos | dict(ae=f"{PLAIN} --steps 1600 --gan_start 800"),
+    "photos-full": photos | dict(ae="--preset photos", dit="--preset photos",
+                                 kept=(1000, 2500, 5000)),
 }
 
 
@@ -265,6 +267,9 @@ EXPERIMENTS = {
         "a longer stage 1, with --preset photos-long",
         dict(generation=DUO, latents=DUO, spectra=DUO, judges=DUO, shrunk=DUO,
              detail=DUO + ("pixels",), rulers=LOST), LONGER),
+    "photos_full": Experiment(
+        "SVG and the VAE at the size of ae.py's preset photos, with --preset photos-full",
+        dict(generation=DUO, latents=DUO, judges=DUO, memorization=DUO, detail=DUO), PHOTOS),
     "photos_times": Experiment(
         "logit-normal times in training, with --preset photos-plain",
         dict(generation=("svg:logit",)), (("euler", 3, 1.0), ("euler", 25, 1.0), *BOTH)),

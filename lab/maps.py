@@ -83,12 +83,12 @@ def token_colors(z, patch):
 def draw(models, assets):
     """All figures whose models are there: lab.evidence's in the folder `models`, and those of
     `--preset photos` in out/photos; assets: output folder."""
-    full, photos = (models.parent / preset for preset in ("full", "photos-long"))
+    full, long, photos = (models.parent / f for f in ("full", "photos-long", "photos-full"))
     for name, folder, figure in (
             ("maps", models, draw_maps), ("residual", models, draw_residual),
             ("steps", full, partial(draw_strip, latents=DEFAULT)),
             ("steps-photos", photos, partial(draw_strip, latents=PHOTOS)),
-            ("few-photos", photos, draw_few),
+            ("few-photos", long, draw_few), ("vae-photos", photos, draw_pair),
             ("parts", Path("out/photos"), draw_parts)):
         if folder.is_dir():
             figure(folder, assets / f"{name}.png")
@@ -137,6 +137,19 @@ def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR)
         y = torch.arange(10)
         halves.append([sample.generate(model, decoder, y, k, 2.0, None, seed) for k in counts])
     save_grid(path, torch.cat([torch.cat(both) for both in zip(*halves)]), 20)
+
+
+def draw_pair(models, path, columns=5, latents=PHOTOS):
+    """A row for each class, as `sample.py --preset photos` draws them: SVG on the left, the VAE on
+    the right."""
+    c, halves = config.parse(sample.Config, sample.PRESETS, ["--preset", "photos"]), []
+    for latent in latents:
+        folder = models / f"{latent}-0"
+        model, decoder = sample.load(folder, "cpu")
+        y = torch.arange(10).repeat_interleave(columns)
+        halves.append(sample.generate(model, decoder, y, c.steps, c.scale,
+                                      weak=load_dit(folder / c.weak)).split(columns))
+    save_grid(path, torch.cat([torch.cat(both) for both in zip(*halves)]), len(latents) * columns)
 
 
 def draw_few(models, path, seed=1, latents=(*evidence.DUO, *evidence.CONTROLS, "dino")):

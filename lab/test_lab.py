@@ -1,5 +1,5 @@
 """Tests of the lab and of the checks of the exercises."""
-import dataclasses, inspect, json, math, re, shlex, time
+import dataclasses, inspect, json, math, re, shlex, shutil, time
 from types import SimpleNamespace
 
 import numpy as np
@@ -409,7 +409,12 @@ def test_a_dit_of_another_width_reads_the_autoencoder_where_it_is(measured, monk
     assert row["parameters"] == 199360 and row["loss"] > 0
     maps.draw_strip(measured / "out/evidence/debug", measured / "strip.png", (1, 2), ("svg",))
     maps.draw_few(measured / "out/evidence/debug", measured / "few.png", 0, ("svg", "no such"))
-    maps.draw_parts(measured / "out/evidence/debug/svg-0", measured / "parts.png")
+    trained = measured / "out/evidence/debug/svg-0"
+    shutil.copy(trained / "dit_10.pt", trained / "dit_1000.pt")
+    maps.draw_parts(trained, measured / "parts.png")
+    maps.draw_pair(trained.parent, measured / "pair.png", 2, ("svg",))
+    width, height = Image.open(measured / "pair.png").size
+    assert height == 5 * width                                # two columns, a row for each class
     assert all((measured / f"{name}.png").is_file() for name in ("strip", "few", "parts"))
 
 
@@ -459,15 +464,15 @@ def test_report_numbers(tmp_path):
     assert report.headline(N).splitlines()[2:] == [
         "| VAE, 16 channels | ab2 | 3 | 2 | 0.2 | .250 | 0.25 | .250 |",
         "| held-out images | | | | 0.5 | .500 | 0.50 | .500 |"]
-    later = ("**Not measured yet**: reconstruction and ten steps; few steps; few steps without a "
-             "DiT; when to train;")
+    later = ("**Not measured yet**: the preset in full; the preset in full, few steps; the preset "
+             "in full, during training; reconstruction and ten steps; few steps; few steps ")
     assert later in " ".join(text.split())
     table.add(preset="photos", latent="vae", dit="base", seed=0, trained=20,
               sampler="euler", steps=3, scale=1.0, shift="-", n=50,
               **dict.fromkeys(evidence.SCORES.split(), 0.25) | dict(factors="-"))
     text = report.results(report.Numbers(tmp_path, "small"))
     assert "## Photographs: few steps\n" in text
-    assert later.replace("few steps; ", "") in " ".join(text.split())
+    assert later.replace("ten steps; few steps; ", "ten steps; ") in " ".join(text.split())
     flat = " ".join(text.split())
     assert flat.index("(5) VA-VAE") < flat.index("on a stand-in. ## Photographs: few steps")
     assert ("| latent | sampler | guidance | random conv, 3 steps | Frechet, 3 steps | accuracy, "
