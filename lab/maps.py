@@ -87,7 +87,7 @@ def draw(models, assets):
     for name, folder, figure in (
             ("maps", models, draw_maps), ("residual", models, draw_residual),
             ("steps", full, partial(draw_strip, latents=DEFAULT)),
-            ("steps-photos", photos, partial(draw_strip, latents=PHOTOS)),
+            ("steps-photos", photos, partial(draw_strip, latents=PHOTOS, scale=1.0, sampler=euler)),
             ("few-photos", long, draw_few), ("vae-photos", photos, draw_pair),
             ("parts", Path("out/photos"), draw_parts)):
         if folder.is_dir():
@@ -126,7 +126,8 @@ def draw_residual(models, path, n=16):
     save_grid(path, torch.cat(rows), n)
 
 
-def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR):
+def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR, scale=2.0,
+               sampler=ab2):
     """A row for each number of steps from the same noise: SVG on the left, the VAE on the right; of
     the VAE's first seed."""
     halves = []
@@ -135,7 +136,8 @@ def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR)
     for latent in latents:
         model, decoder = sample.load(models / f"{latent}-{seed}", "cpu")
         y = torch.arange(10)
-        halves.append([sample.generate(model, decoder, y, k, 2.0, None, seed) for k in counts])
+        halves.append([sample.generate(model, decoder, y, k, scale, None, seed, sampler)
+                       for k in counts])
     save_grid(path, torch.cat([torch.cat(both) for both in zip(*halves)]), 20)
 
 
