@@ -341,14 +341,14 @@ the models of the tables shrank. (1) fails: after 1,600 steps of stage 1 (three 
 alone are ahead of SVG in random conv with 2, 3 and 5 steps and in Frechet with 2 and 3, and a
 residual that is not matched is ahead in both with all three, in Frechet by less than the
 deviations. Against VAEs (1) holds in Frechet without the GAN (one seed) and after 1,600 steps with
-it (three seeds; two of REPA), but not after 700 (three), where the VAE is ahead at 3 and 5 steps;
+it (three seeds), but not after 700 (three), where the VAE is ahead at 3 and 5 steps;
 in random conv it holds but for 5 steps without the GAN. (2) holds wherever SVG leads in Frechet.
 (3) holds: the excess of random weights is 40 %, the VAE's 140 %, and the accuracy with ten Euler
 steps is .409 against .566; against a VAE with 112 channels, 61 %, it would fail. (4) holds for
 reconstructions; the random conv of samples is the highest with ten guided steps, 42.5, and the
 lowest with three Euler steps. (5) fails: the gap in accuracy to lie in is as small as the
-deviations. With ten guided steps the VAE has .801, REPA .787, VA-VAE .802, SVG .825; without
-guidance, with ten Euler steps, .555, .558, .567, .566.
+deviations. With ten guided steps the VAE has .801, REPA .797, VA-VAE .802, SVG .825; without
+guidance, with ten Euler steps, .555, .559, .567, .566.
 """
 
 PHOTOGRAPHS = """
@@ -481,7 +481,7 @@ with ab2; its recall is lower. Guided steps of ab2 beyond ten (25; one seed) cha
 """
 CONTROLLED = """
 SVG on an encoder with random weights and on that of `shapes`, a VAE with 112 channels (KL weight
-1e-5, not 1e-4), DINO's tokens without the residual; three seeds, two of REPA; all with the same
+1e-5, not 1e-4), DINO's tokens without the residual; three seeds; all with the same
 perceptual network. Three Euler steps are 140 % above 25 in Frechet on the VAE with 16 channels,
 61 % on that with 112 (9.18, 5.70), 58 % on the encoder of shapes (8.42, 5.35; 112), 40 % on random
 weights (9.31, 6.64; 144), 33 % on SVG (144), 8 % on DINO's tokens (6.55, 6.07; 128). So most of the
@@ -495,8 +495,8 @@ and DINO's tokens are last, 42.5. A residual that is not matched is level with S
 needs no more steps: three Euler steps are 21 % above 25 (6.50, 5.36), and with ten guided steps
 Frechet is 3.76 (4.49, 2.99, 3.79) and accuracy .821; each channel of the latent is normalized
 anyway. Aligning the VAE to the same encoder changes little: three Euler steps are 137 % above 25 on
-VA-VAE (11.63, 4.90), 130 % with REPA (11.59, 5.04), and with ten guided steps Frechet is 3.78 and
-4.03, accuracy .802 and .787.
+VA-VAE (11.63, 4.90), 142 % with REPA (12.49, 5.16), and with ten guided steps Frechet is 3.78 and
+3.97, accuracy .802 and .797.
 """
 TUNED = """
 One seed. In 16 channels a ten times smaller KL weight changes little: 20.65 dB against 20.31, and
