@@ -126,6 +126,12 @@ def draw_residual(models, path, n=16):
     save_grid(path, torch.cat(rows), n)
 
 
+def side_by_side(path, halves):
+    """A grid of grids: each of `halves` is a list of rows, uint8 (columns, 3, S, S)."""
+    rows = [torch.cat(row) for row in zip(*halves)]
+    save_grid(path, torch.cat(rows), len(rows[0]))
+
+
 def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR, scale=2.0,
                sampler=ab2):
     """A row for each number of steps from the same noise: SVG on the left, the VAE on the right; of
@@ -138,7 +144,7 @@ def draw_strip(models, path, counts=(1, 2, 3, 5, 10, 25), latents=evidence.PAIR,
         y = torch.arange(10)
         halves.append([sample.generate(model, decoder, y, k, scale, None, seed, sampler)
                        for k in counts])
-    save_grid(path, torch.cat([torch.cat(both) for both in zip(*halves)]), 20)
+    side_by_side(path, halves)
 
 
 def draw_pair(models, path, columns=5, latents=PHOTOS):
@@ -151,7 +157,7 @@ def draw_pair(models, path, columns=5, latents=PHOTOS):
         y = torch.arange(10).repeat_interleave(columns)
         halves.append(sample.generate(model, decoder, y, c.steps, c.scale,
                                       weak=load_dit(folder / c.weak)).split(columns))
-    save_grid(path, torch.cat([torch.cat(both) for both in zip(*halves)]), len(latents) * columns)
+    side_by_side(path, halves)
 
 
 def draw_few(models, path, seed=1, latents=(*evidence.DUO, *evidence.CONTROLS, "dino")):

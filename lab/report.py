@@ -355,7 +355,7 @@ PHOTOGRAPHS = """
 Ten classes of Tiny ImageNet at 64 px: 5,000 images to train on, 500 held out; `--classes easy-ten`
 of `--data tiny-imagenet`. SVG's encoder, `weights/dino_photos.pt` (1.45 M parameters), was
 pretrained on the same 5,000 images without labels, in 53 minutes of one shared core: kNN .848,
-linear probe .876 (kNN of pixels: .372). The VAE gets no such time.
+linear probe .876 (kNN of pixels: .372). The VAE gets no such time, except in one run in full.
 
 The pictures below and the tables of "the preset in full" come from `--preset photos` of `ae.py` and
 `dit.py`. The models of the other tables are smaller, train less and have a `--residual_gain` of 1:
@@ -425,8 +425,9 @@ about 100 images of each, twice. With the early state it named nine of ten class
 time, and recognized 39 and 43 of SVG's images on their own, 42 and 42 of the VAE's. At guidance 2
 without the early state it named nine of SVG's classes twice, eight and seven of the VAE's, and
 recognized 23 and 35 of SVG's images, 39 and 47 of the VAE's. To us the VAE's penguins, cars and
-pizzas have the smoother outlines. In the scores of 500 samples the early state costs the
-VAE more: Frechet 2.60 on SVG and 4.44 on the VAE, random conv 45.1 and 130.7. (SVG's model is
+pizzas have the smoother outlines. In the scores of 500 samples the early state costs the VAE more:
+Frechet 2.60 on SVG and 4.44 on the VAE, random conv 45.1 and 130.7 (`sample.py --preset photos`).
+(SVG's model is
 another run than that of the first picture, with one thread instead of two.)
 """
 FULL_STEPS = """
@@ -436,7 +437,8 @@ the VAE, 3.18. Few steps of ab2 cost less on both: three are 16 % above 25 on SV
 62 % on the VAE (3.74, 2.31), with guidance 4 % (1.99, 1.91) and 51 % (3.41, 2.26). SVG is ahead in
 Frechet with every sampler and number of steps. The time shift of 3 was chosen on SVG, but does not
 explain this: with three Euler steps and shifts of 1, 1.5 and 6 the VAE has 9.09, 8.28 and 15.33,
-SVG 4.72, 3.45 and 3.28. In random conv SVG is ahead with up to ten Euler steps, level at 25, ahead
+SVG 4.72, 3.45 and 3.28 (`sample.py --preset photos --weak "" --scale 1 --sampler euler --steps 3
+--shift 1`, and so on). In random conv SVG is ahead with up to ten Euler steps, level at 25, ahead
 with guidance, and behind with three and more unguided steps of ab2. Accuracy falls with more Euler
 steps on SVG, from .888 with three to .718 with 25, and rises on the VAE, from .626 to .734. The
 models of the sections below differ also in the residual's gain, 1 instead of 4, so what made the
@@ -449,8 +451,9 @@ after all: 2.34 against 2.44 with guidance, 2.24 against 2.46 without. The VAE i
 conv without guidance throughout, and in accuracy from 2,500 steps on with guidance.
 
 SVG's encoder was pretrained for 53 minutes. 5,000 more steps of the VAE's DiT, 47 minutes of a core
-(`dit.py --preset photos --steps 10000`), do not close the gap: Frechet is 2.24 with guidance and
-2.22 without, random conv 23.7 and 8.9, and three Euler steps are 325 % above 25 (9.42, 2.22).
+(`dit.py --preset photos --steps 10000`, scored by `sample.py` as above), do not close the gap:
+Frechet is 2.24 with guidance and 2.22 without, random conv 23.7 and 8.9, and three Euler steps are
+325 % above 25 (9.42, 2.22).
 """
 RECONSTRUCTED = """
 After 700 steps of stage 1 SVG reconstructs with a lower PSNR than the VAE, 17.42 against 18.93 dB;
